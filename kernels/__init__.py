@@ -1,0 +1,1 @@
+"""What is computed: the two ops, their references and their blocked forms."""

@@ -1,5 +1,7 @@
 """The exception tree. A message says what was found, what was expected and what to do; each leaf has an exit code.
 
+The tree:
+
     TnllmError
     ├── CheckpointError          the model that goes in
     │   ├── CheckpointNotFoundError

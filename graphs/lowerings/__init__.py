@@ -1,0 +1,1 @@
+"""One module per lowering of the two ops."""
