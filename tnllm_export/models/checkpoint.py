@@ -233,7 +233,8 @@ def _same_content(one: _Stored, other: _Stored) -> bool:
         return False
     # Compared as bits, so that NaN equals itself, and in pieces, so that a difference is found early.
     mine, theirs = (stored.file.read(stored.info.name).reshape(-1).view(torch.uint8) for stored in (one, other))
-    same = all(torch.equal(*pieces) for pieces in zip(mine.split(1 << 24), theirs.split(1 << 24), strict=True))  # type: ignore[no-untyped-call]
+    pieces = zip(torch.split(mine, 1 << 24), torch.split(theirs, 1 << 24), strict=True)
+    same = all(torch.equal(*pair) for pair in pieces)
     for stored in (one, other):
         stored.file.release(stored.info.name)
     return same
