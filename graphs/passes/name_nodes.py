@@ -1,0 +1,62 @@
+"""Readable names: every node is called after the module it comes from, e.g. `model.layers.0.channel_mixer.l1/Gemm`."""
+
+import ast
+from collections import Counter
+
+import onnx_ir as ir
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+class NameNodes(ir.passes.InPlacePass):
+    """Name nodes and their values after modules, and drop the exporter's metadata (it holds source paths).
+
+    Args:
+        prefix: The name under which the program holds the model; stripped from module names.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rename everything but the graph's inputs, outputs and weights."""
+        graph = model.graph
+        modules = {node: self._module(node) for node in graph}
+        # What a pass or the optimizer made belongs to whoever uses it, else to where its input comes from.
+        for node in reversed(list(graph)):
+            if modules[node] is None:
+                users = [modules.get(user) for output in node.outputs for user, _ in output.uses()]
+                modules[node] = next((module for module in users if module), None)
+        for node in graph:
+            if modules[node] is None:
+                makers = [modules.get(value.producer()) for value in node.inputs if value and value.producer()]
+                modules[node] = next((module for module in makers if module), None)
+        fixed = {id(value) for value in (*graph.inputs, *graph.outputs)}
+        seen: Counter[str] = Counter()
+        for node in graph:
+            stem = f"{modules[node] or 'model'}/{node.op_type}"
+            seen[stem] += 1
+            node.name = stem if seen[stem] == 1 else f"{stem}_{seen[stem]}"
+            for index, value in enumerate(node.outputs):
+                if id(value) not in fixed:
+                    value.name = node.name if len(node.outputs) == 1 else f"{node.name}:{index}"
+                value.metadata_props.clear()
+            node.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+        graph.metadata_props.clear()
+        model.metadata_props.clear()
+        return ir.passes.PassResult(model, True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that every node has a name of its own that leads to a module."""
+        names = [node.name for node in model.graph]
+        if len(set(names)) != len(names) or any(not name or "/" not in name for name in names):
+            raise ir.passes.PostconditionError("node names are not unique or lead to no module")
+
+    def _module(self, node: ir.Node) -> str | None:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        # The last scope is the operator itself; the one before it is the innermost module.
+        module = scopes[-2] if len(scopes) > 1 else ""
+        return module.removeprefix(self.prefix).removeprefix(".") or None

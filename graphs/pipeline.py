@@ -1,0 +1,85 @@
+"""From an ExportedProgram to a finished ONNX graph: translate, lower, tidy up, name, attach weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from tnllm_export.graphs.lowerings import LOWERINGS
+from tnllm_export.graphs.passes.external_weights import ExternalWeight, ExternalWeights
+from tnllm_export.graphs.passes.linear_to_gemm import LinearToGemm
+from tnllm_export.graphs.passes.name_nodes import NameNodes
+from tnllm_export.graphs.passes.optimize import Optimize
+from tnllm_export.graphs.passes.set_opset import SetOpset
+from tnllm_export.graphs.passes.static_reshapes import StaticReshapes
+from tnllm_export.graphs.translate import translate
+from tnllm_export.kernels.contract import NAMESPACE, OPSET_VERSION
+
+DOMAINS = {NAMESPACE: OPSET_VERSION, "com.microsoft": 1}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced program and the names that its graph shall have.
+
+    Attributes:
+        exported: What torch.export made.
+        input_names: Graph inputs, in order.
+        output_names: Graph outputs, in order.
+        module_prefix: Name under which the program holds the model; not part of any name in the graph.
+        weight_names: Parameter and buffer names of the program, and the initializer name of each.
+        constants: Values of initializers that stay in the graph, by initializer name.
+    """
+
+    exported: ExportedProgram
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+    module_prefix: str
+    weight_names: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+
+
+def build_graph(program: Program, lowering: str, weights: Mapping[str, ExternalWeight]) -> ir.Model:
+    """Make the ONNX graph of a program.
+
+    Args:
+        program: The traced program.
+        lowering: "contrib", "standard", "matmul" or "plugin".
+        weights: Where each weight will lie; no weight is read.
+
+    Returns:
+        A model that passes onnx.checker once the weights file is beside it.
+
+    Raises:
+        ExportError: The program could not be translated.
+    """
+    chosen = LOWERINGS[lowering]
+    model = translate(
+        program.exported,
+        input_names=program.input_names,
+        output_names=program.output_names,
+        weight_names=program.weight_names,
+    )
+    Optimize()(model)
+    StaticReshapes()(model)
+    LinearToGemm()(model)
+    chosen.lower(model)
+    Optimize()(model)
+    # Only now, so that nothing large is folded into the graph: decay masks of every layer, say.
+    for name, tensor in program.constants.items():
+        if name in model.graph.initializers:
+            model.graph.initializers[name].const_value = ir.tensor(tensor.numpy(), name=name)
+    for tidy in (
+        RemoveUnusedNodesPass(),
+        TopologicalSortPass(),
+        NameNodes(program.module_prefix),
+        SetOpset(chosen.opset, DOMAINS),
+        ExternalWeights(weights),
+    ):
+        tidy(model)
+    model.producer_name = "tnllm-export"
+    model.producer_version = None
+    return model
