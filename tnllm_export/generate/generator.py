@@ -1,0 +1,217 @@
+"""Text from any runtime: reads prompts in pieces, chooses tokens, and tells about each as it comes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tnllm_export.errors import PromptError, RequestError, RuntimeTargetError, SamplingError, TextUnsupportedError
+from tnllm_export.generate.params import SamplingParams
+from tnllm_export.generate.prompts import Prompt, encode_prompts
+from tnllm_export.generate.sampling import choose_tokens
+from tnllm_export.generate.sequence import Event, Generation, RunningSequence, Stopwatch
+from tnllm_export.generate.session import Session, check_session
+from tnllm_export.models.tokenizer import Tokenizer
+from tnllm_export.progress import Progress, silent
+from tnllm_export.runtime import Runtime, State
+
+GREEDY = SamplingParams()
+"""Always the likeliest token, up to the default length."""
+
+
+class Generator:
+    """Generates with one runtime; holds nothing between calls.
+
+    Attributes:
+        runtime: What runs the model.
+        tokenizer: Needed for text in and out; without it prompts are token ids and texts are "".
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer | None = None,
+        *,
+        prefill_chunk: int = 512,
+        prompt_limit: int | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        """Make a generator.
+
+        Args:
+            runtime: What runs the model.
+            tokenizer: The model's, where it has one.
+            prefill_chunk: Prompts are read in pieces of so many tokens, which bounds the memory of prefill.
+            prompt_limit: Longest prompt that is taken, in tokens; None: any. The model itself has no limit.
+            progress: Told how much of the prompts has been read.
+
+        Raises:
+            RequestError: `prefill_chunk` or `prompt_limit` is below 1.
+        """
+        for name, value in (("prefill_chunk", prefill_chunk), ("prompt_limit", prompt_limit)):
+            if value is not None and value < 1:
+                raise RequestError(f"{name} is {value}; expected at least 1 token")
+        self.runtime = runtime
+        self.tokenizer = tokenizer
+        self._chunk = prefill_chunk
+        self._limit = prompt_limit
+        self._progress = progress
+        self._config = runtime.info.config
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] = GREEDY,
+        *,
+        sessions: Sequence[Session | None] | None = None,
+        keep_sessions: bool = False,
+    ) -> list[Generation]:
+        """Generate to the end, all prompts in one batch.
+
+        Args:
+            prompts: One prompt or several, each text or token ids.
+            params: For all, or one for each prompt (same prompt, several seeds: several texts).
+            sessions: For each prompt the session that it continues, or None. A prompt may then be empty.
+            keep_sessions: Whether each `Generation` shall hold a `session` to continue from.
+
+        Returns:
+            One `Generation` per prompt, in their order.
+
+        Raises:
+            PromptError: An empty prompt, one above the limit, a token id outside the vocabulary.
+            TextUnsupportedError: Text or stop strings without a tokenizer.
+            StateError: A session of another model.
+            RuntimeTargetError: The model's logits are not finite.
+        """
+        events = self.stream(prompts, params, sessions=sessions, keep_sessions=keep_sessions)
+        done = [event.generation for event in events if event.generation is not None]
+        return sorted(done, key=lambda generation: generation.index)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] = GREEDY,
+        *,
+        sessions: Sequence[Session | None] | None = None,
+        keep_sessions: bool = False,
+    ) -> Iterator[Event]:
+        """Generate and give each token when it is there; arguments and errors as in `generate`.
+
+        Arguments are checked at once; the model runs while the iterator is read.
+        """
+        vocab = self._config.vocab_size
+        ids = encode_prompts(prompts, self.tokenizer, vocab, self._limit)
+        all_params = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
+        all_sessions = [None] * len(ids) if sessions is None else list(sessions)
+        if len(all_params) != len(ids):
+            raise SamplingError(f"{len(all_params)} sampling parameters; expected {len(ids)}, one per prompt, or one")
+        if len(all_sessions) != len(ids):
+            raise RequestError(f"{len(all_sessions)} sessions; expected {len(ids)}, one per prompt (or None)")
+        for index, (prompt, row_params, session) in enumerate(zip(ids, all_params, all_sessions, strict=True)):
+            if session is not None:
+                check_session(session, self.runtime.info)
+            elif not prompt:
+                raise PromptError(f"prompt {index} is empty; expected at least one token")
+            if row_params.stop and self.tokenizer is None:
+                raise TextUnsupportedError("stop strings given, but the model has no tokenizer; leave them out")
+        rows = [
+            RunningSequence(index, prompt, row_params, vocab, self.tokenizer, session)
+            for index, (prompt, row_params, session) in enumerate(zip(ids, all_params, all_sessions, strict=True))
+        ]
+        return self._run(rows, self._state(all_sessions), keep_sessions)
+
+    def _state(self, sessions: Sequence[Session | None]) -> State:
+        if not any(sessions):
+            return self.runtime.initial_state(len(sessions))
+        zero = self.runtime.host_state(self.runtime.initial_state(1))
+        parts = [zero if session is None else session.state for session in sessions]
+        return self.runtime.device_state([torch.cat(layer) for layer in zip(*parts, strict=True)])
+
+    def _run(self, rows: list[RunningSequence], state: State, keep_sessions: bool) -> Iterator[Event]:
+        reading, decoding = Stopwatch(), Stopwatch()
+        with reading.running():
+            logits, state = self._read(rows, state)
+        events = [event for row in rows if (event := row.start())]
+        while True:
+            ended = {event.index for event in events if event.finish_reason}
+            host = self.runtime.host_state(state) if ended and keep_sessions else None
+            for event in events:
+                if event.finish_reason is None:
+                    yield event
+                    continue
+                place = next(place for place, row in enumerate(rows) if row.index == event.index)
+                session = rows[place].session(host, place) if host else None
+                yield replace(
+                    event,
+                    generation=rows[place].generation(event.finish_reason, reading.seconds, decoding.seconds, session),
+                )
+            left = [place for place, row in enumerate(rows) if row.index not in ended]
+            if not left:
+                return
+            with decoding.running():
+                if ended:
+                    rows = [rows[place] for place in left]
+                    state = self._select(state, left)
+                    logits = logits[left] if logits is not None else None
+                if logits is None:
+                    logits, state = self._decode(rows, state)
+                events = self._choose(rows, logits)
+                logits = None
+
+    def _read(self, rows: list[RunningSequence], state: State) -> tuple[Tensor | None, State]:
+        """Bring all tokens into the state; return the logits [B, vocab] of each row's last one."""
+        if all(len(row.unread) == 1 and not row.prompt_ids for row in rows):
+            # Sessions that stopped between two tokens go on as they would have: by a decode step.
+            return None, state
+        tokens = [row.unread for row in rows]
+        longest = max(len(ids) for ids in tokens)
+        for start in range(0, longest, self._chunk):
+            pieces = [ids[start : start + self._chunk] for ids in tokens]
+            state = self._read_piece(rows, pieces, state)
+            self._progress("reading the prompt", min(start + self._chunk, longest), longest, "tokens")
+        logits = [row.logits for row in rows]
+        return torch.stack([row for row in logits if row is not None]), state
+
+    def _read_piece(self, rows: list[RunningSequence], pieces: list[list[int]], state: State) -> State:
+        """Feed one piece of each row, padded on the right; a row that is through has length 0 and keeps its logits."""
+        B, T = len(rows), max(len(piece) for piece in pieces)
+        input_ids = torch.full((B, T), self._config.pad_token_id)
+        for index, piece in enumerate(pieces):
+            input_ids[index, : len(piece)] = torch.tensor(piece, dtype=torch.int64)
+        lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int32)
+        positions = torch.tensor([row.position for row in rows])
+        logits, state = self.runtime.prefill(input_ids, lengths, positions, state)
+        for index, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
+            if piece:
+                row.position += len(piece)
+                # A copy: with the logits of all tokens, a view would keep [B, T, vocab] alive.
+                row.logits = (logits[index, len(piece) - 1] if logits.dim() == 3 else logits[index]).clone()
+        return state
+
+    def _decode(self, rows: list[RunningSequence], state: State) -> tuple[Tensor, State]:
+        """Feed each row's pending token."""
+        input_ids = torch.tensor([row.unread for row in rows])
+        positions = torch.tensor([row.position for row in rows])
+        logits, state = self.runtime.decode(input_ids, positions, state)
+        for row in rows:
+            row.position += 1
+        return logits, state
+
+    def _choose(self, rows: list[RunningSequence], logits: Tensor) -> list[Event]:
+        logits = logits.cpu()
+        for row, finite in zip(rows, logits.isfinite().all(dim=-1).tolist(), strict=True):
+            if not finite:
+                info = self.runtime.info
+                raise RuntimeTargetError(
+                    f"logits of prompt {row.index} after {row.position} tokens are not finite: {info.dtype} overflows "
+                    f"on {info.name}; export with --dtype float32"
+                )
+        tokens = choose_tokens(
+            logits, [row.seen for row in rows], [row.params for row in rows], [row.rng for row in rows]
+        )
+        return [row.take(token, self._config.eos_token_id) for row, token in zip(rows, tokens, strict=True)]
+
+    def _select(self, state: State, places: list[int]) -> State:
+        """Keep some rows of a batch: ended sequences cost nothing more."""
+        return self.runtime.device_state([tensor[places] for tensor in self.runtime.host_state(state)])

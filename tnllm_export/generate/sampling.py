@@ -1,0 +1,76 @@
+"""From logits to tokens. Pure functions on logits [B, vocab]; a token that is ruled out has logit -inf."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tnllm_export.generate.params import SamplingParams
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits by `penalty` where `seen` [B, vocab] is true."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Rule out all but the k largest logits of each row; of equal ones, exactly as many stay as fit."""
+    if k >= logits.shape[-1]:
+        return logits
+    values, indices = logits.topk(k, dim=-1)
+    return torch.full_like(logits, -torch.inf).scatter(-1, indices, values)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep each row's fewest likeliest tokens whose probabilities sum to at least `p`; at least one stays."""
+    values, indices = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = values.double().softmax(dim=-1)
+    # A token goes if those before it suffice already.
+    before = probabilities.cumsum(dim=-1) - probabilities
+    values = values.masked_fill(before >= p, -torch.inf)
+    return torch.empty_like(logits).scatter_(-1, indices, values)
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token per row from softmax(logits) by inverting its distribution function.
+
+    Args:
+        logits: [B, vocab], at least one of each row finite.
+        uniforms: [B] float64 in [0, 1), one random number per row.
+
+    Returns:
+        Tokens [B] int64, never one of logit -inf.
+    """
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # Strictly below the total, so that the first sum above the target belongs to a token of positive probability.
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+def choose_tokens(
+    logits: Tensor, seen: Sequence[Tensor | None], params: Sequence[SamplingParams], rngs: Sequence[torch.Generator]
+) -> list[int]:
+    """Choose each row's next token.
+
+    Args:
+        logits: [B, vocab].
+        seen: Per row the tokens so far, [vocab] bool; None where the row has no repetition penalty.
+        params: Per row.
+        rngs: Per row; a row that is not greedy draws one number from its own.
+    """
+    return [_choose(logits[row : row + 1], seen[row], params[row], rngs[row]) for row in range(logits.shape[0])]
+
+
+def _choose(logits: Tensor, seen: Tensor | None, params: SamplingParams, rng: torch.Generator) -> int:
+    if seen is not None:
+        logits = penalise_repetition(logits, seen[None], params.repetition_penalty)
+    if params.temperature == 0:
+        return int(logits.argmax(dim=-1))
+    # A tiny temperature would overflow float32.
+    logits = logits.double() / params.temperature
+    if params.top_k:
+        logits = keep_top_k(logits, params.top_k)
+    if params.top_p < 1:
+        logits = keep_top_p(logits, params.top_p)
+    return int(draw(logits, torch.rand(1, generator=rng, dtype=torch.float64)))

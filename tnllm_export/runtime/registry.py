@@ -1,0 +1,46 @@
+"""Which runtimes there are, and opening a bundle with one of them."""
+
+from pathlib import Path
+from typing import Protocol
+
+from tnllm_export.bundle import Bundle, open_bundle
+from tnllm_export.errors import RequestError, RuntimeMissingError
+from tnllm_export.runtime.onnxruntime import OnnxRuntime
+from tnllm_export.runtime.protocol import Runtime
+from tnllm_export.runtime.torch import TorchRuntime
+
+
+class _Open(Protocol):
+    def __call__(self, bundle: Bundle, *, device: str, threads: int | None) -> Runtime: ...
+
+
+_RUNTIMES: dict[str, _Open] = {
+    "onnxruntime": OnnxRuntime.from_bundle,
+    "torch": TorchRuntime.from_bundle,
+}
+
+
+def load_runtime(
+    bundle: Bundle | Path | str, name: str = "onnxruntime", *, device: str = "cpu", threads: int | None = None
+) -> Runtime:
+    """Open a bundle with a runtime.
+
+    Args:
+        bundle: The bundle or its folder.
+        name: "onnxruntime" or "torch" (the eager model).
+        device: "cpu".
+        threads: Threads of the CPU to use; default: the runtime's own choice.
+
+    Raises:
+        BundleError: The folder holds no sound bundle.
+        RuntimeMissingError: No such runtime, or its package is not installed.
+        UnsupportedTargetError: The runtime does not run this bundle's dtype or lowering, or not on this device.
+        RequestError: `threads` is below 1.
+    """
+    if name not in _RUNTIMES:
+        raise RuntimeMissingError(f"unknown runtime {name!r}; expected one of: {', '.join(_RUNTIMES)}")
+    if threads is not None and threads < 1:
+        raise RequestError(f"threads is {threads}; expected at least 1, or none for the runtime's own choice")
+    if not isinstance(bundle, Bundle):
+        bundle = open_bundle(Path(bundle))
+    return _RUNTIMES[name](bundle, device=device, threads=threads)

@@ -1,0 +1,50 @@
+"""Whether a runtime can run a bundle, decided from the table of targets alone."""
+
+from tnllm_export.bundle import Bundle
+from tnllm_export.errors import UnsupportedTargetError
+from tnllm_export.targets import TARGETS, Target
+
+
+def check_supported(bundle: Bundle, runtime: str, device: str) -> Target:
+    """Return the target of this runtime and device, or raise UnsupportedTargetError where it can't run the bundle."""
+    targets = [target for target in TARGETS if target.runtime == runtime]
+    target = next((target for target in targets if target.device == device), None)
+    if target is None:
+        devices = ", ".join(target.device for target in targets)
+        raise UnsupportedTargetError(f"{runtime} does not run on device {device!r}; expected one of: {devices}")
+    manifest = bundle.manifest
+    if manifest.dtype not in target.dtypes:
+        raise UnsupportedTargetError(
+            f"{bundle.path}: dtype is {manifest.dtype}; {runtime} on {device} runs {', '.join(target.dtypes)}: "
+            f"export again with --dtype {target.dtypes[0]}{_others(manifest.dtype, None)}"
+        )
+    if target.lowerings and manifest.lowering not in target.lowerings:
+        raise UnsupportedTargetError(
+            f"{bundle.path}: lowering is {manifest.lowering}; {runtime} on {device} runs "
+            f"{', '.join(target.lowerings)}: export again with --lowering {target.lowerings[0]}"
+            f"{_others(manifest.dtype, manifest.lowering)}"
+        )
+    opset = manifest.opset_imports.get("", 0)
+    if target.max_opset is not None and target.lowerings and opset > target.max_opset:
+        raise UnsupportedTargetError(
+            f"{bundle.path}: opset is {opset}; {runtime} on {device} runs up to {target.max_opset}: "
+            f"export again with --lowering {target.lowerings[0]}{_others(manifest.dtype, manifest.lowering)}"
+        )
+    return target
+
+
+def _others(dtype: str, lowering: str | None) -> str:
+    """Name the runtimes that would do, as the rest of a sentence."""
+    names = sorted(
+        {
+            target.runtime
+            for target in TARGETS
+            if dtype in target.dtypes and (lowering is None or not target.lowerings or lowering in target.lowerings)
+        }
+    )
+    return f", or load it with the runtime {' or '.join(names)}" if names else ""
+
+
+def weights_id(bundle: Bundle) -> str:
+    """Return what tells this bundle's weights from all others: the checksum of `weights.safetensors`."""
+    return bundle.manifest.files[bundle.weights_path.name].sha256
