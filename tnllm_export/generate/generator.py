@@ -9,6 +9,7 @@ from torch import Tensor
 from tnllm_export.errors import PromptError, RequestError, RuntimeTargetError, SamplingError, TextUnsupportedError
 from tnllm_export.generate.params import SamplingParams
 from tnllm_export.generate.prompts import Prompt, encode_prompts
+from tnllm_export.generate.reading import read_prompts
 from tnllm_export.generate.sampling import choose_tokens
 from tnllm_export.generate.sequence import Event, Generation, RunningSequence, Stopwatch
 from tnllm_export.generate.session import Session, check_session
@@ -131,63 +132,31 @@ class Generator:
     def _run(self, rows: list[RunningSequence], state: State, keep_sessions: bool) -> Iterator[Event]:
         reading, decoding = Stopwatch(), Stopwatch()
         with reading.running():
-            logits, state = self._read(rows, state)
-        events = [event for row in rows if (event := row.start())]
+            logits, state = read_prompts(self.runtime, rows, state, self._chunk, self._progress)
+        events = [(place, event) for place, row in enumerate(rows) if (event := row.start())]
         while True:
-            ended = {event.index for event in events if event.finish_reason}
-            host = self.runtime.host_state(state) if ended and keep_sessions else None
-            for event in events:
+            wants_state = keep_sessions and any(event.finish_reason for _, event in events)
+            host = self.runtime.host_state(state) if wants_state else None
+            for place, event in events:
                 if event.finish_reason is None:
                     yield event
                     continue
-                place = next(place for place, row in enumerate(rows) if row.index == event.index)
-                session = rows[place].session(host, place) if host else None
-                yield replace(
-                    event,
-                    generation=rows[place].generation(event.finish_reason, reading.seconds, decoding.seconds, session),
-                )
-            left = [place for place, row in enumerate(rows) if row.index not in ended]
+                row = rows[place]
+                session = None if host is None else row.session(host, place)
+                whole = row.generation(event.finish_reason, reading.seconds, decoding.seconds, session)
+                yield replace(event, generation=whole)
+            left = [place for place, row in enumerate(rows) if not row.finished]
             if not left:
                 return
             with decoding.running():
-                if ended:
+                if len(left) < len(rows):
                     rows = [rows[place] for place in left]
                     state = self._select(state, left)
-                    logits = logits[left] if logits is not None else None
+                    logits = None if logits is None else logits[left]
                 if logits is None:
                     logits, state = self._decode(rows, state)
-                events = self._choose(rows, logits)
+                events = list(enumerate(self._choose(rows, logits)))
                 logits = None
-
-    def _read(self, rows: list[RunningSequence], state: State) -> tuple[Tensor | None, State]:
-        """Bring all tokens into the state; return the logits [B, vocab] of each row's last one."""
-        if all(len(row.unread) == 1 and not row.prompt_ids for row in rows):
-            # Sessions that stopped between two tokens go on as they would have: by a decode step.
-            return None, state
-        tokens = [row.unread for row in rows]
-        longest = max(len(ids) for ids in tokens)
-        for start in range(0, longest, self._chunk):
-            pieces = [ids[start : start + self._chunk] for ids in tokens]
-            state = self._read_piece(rows, pieces, state)
-            self._progress("reading the prompt", min(start + self._chunk, longest), longest, "tokens")
-        logits = [row.logits for row in rows]
-        return torch.stack([row for row in logits if row is not None]), state
-
-    def _read_piece(self, rows: list[RunningSequence], pieces: list[list[int]], state: State) -> State:
-        """Feed one piece of each row, padded on the right; a row that is through has length 0 and keeps its logits."""
-        B, T = len(rows), max(len(piece) for piece in pieces)
-        input_ids = torch.full((B, T), self._config.pad_token_id)
-        for index, piece in enumerate(pieces):
-            input_ids[index, : len(piece)] = torch.tensor(piece, dtype=torch.int64)
-        lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int32)
-        positions = torch.tensor([row.position for row in rows])
-        logits, state = self.runtime.prefill(input_ids, lengths, positions, state)
-        for index, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
-            if piece:
-                row.position += len(piece)
-                # A copy: with the logits of all tokens, a view would keep [B, T, vocab] alive.
-                row.logits = (logits[index, len(piece) - 1] if logits.dim() == 3 else logits[index]).clone()
-        return state
 
     def _decode(self, rows: list[RunningSequence], state: State) -> tuple[Tensor, State]:
         """Feed each row's pending token."""

@@ -112,6 +112,7 @@ class RunningSequence:
         self.position = 0 if session is None else session.position
         self.history += prompt_ids
         self.new_ids: list[int] = []
+        self.finished = False
         self.seen: Tensor | None = None
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
@@ -171,4 +172,5 @@ class RunningSequence:
         return self._event(token, text, "stop" if stopped else reason)
 
     def _event(self, token: int | None, text: str, reason: FinishReason | None) -> Event:
+        self.finished = reason is not None
         return Event(self.index, token, text, reason)

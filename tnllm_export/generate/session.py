@@ -131,9 +131,9 @@ def _model_identity(info: RuntimeInfo) -> dict[str, str]:
 def _check_model(metadata: dict[str, str], info: RuntimeInfo) -> None:
     """Raise StateError, naming the first difference, unless the file was written for the weights that are loaded."""
     found, expected = json.loads(metadata["config"]), json.loads(info.config.model_dump_json())
-    for field, value in expected.items():
-        if found.get(field) != value:
-            raise StateError(f"state of another model: {field} is {found.get(field)}; expected {value}")
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise StateError(f"state of another model: {name} is {found.get(name)}; expected {value}")
     if metadata["dtype"] != info.dtype:
         raise StateError(f"state of a {metadata['dtype']} model; expected {info.dtype}, the dtype that is loaded")
     if metadata["weights_id"] != info.weights_id:
