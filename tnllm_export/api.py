@@ -1,0 +1,225 @@
+"""The public functions and types: what the command line does, from Python.
+
+Optional runtimes, ONNX and matplotlib are imported when a function needs them, not before.
+"""
+# ruff: noqa: PLC0415 - importing this module must stay quick
+
+from pathlib import Path
+from typing import Any, Literal
+
+from tnllm_export.bundle import DTYPES, Bundle, open_bundle
+from tnllm_export.errors import (
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    ParityError,
+    RequestError,
+    RuntimeTargetError,
+    TnllmError,
+    TnllmWarning,
+    WriteError,
+)
+from tnllm_export.generate import Generation, Generator, Prompt, SamplingParams, Session, load_state, save_state
+from tnllm_export.inspection import Inspection, inspect
+from tnllm_export.models.checkpoint import load_model, open_checkpoint
+from tnllm_export.models.config import TransnormerConfig
+from tnllm_export.models.modeling import TransnormerForCausalLM
+from tnllm_export.models.tokenizer import Tokenizer, load_tokenizer
+from tnllm_export.progress import Progress, silent
+from tnllm_export.runtime import Runtime, RuntimeInfo, load_runtime
+from tnllm_export.verify import ParityReport, Workload
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "ExportError",
+    "Generation",
+    "Generator",
+    "Inspection",
+    "ParityError",
+    "ParityReport",
+    "Progress",
+    "RequestError",
+    "Runtime",
+    "RuntimeInfo",
+    "RuntimeTargetError",
+    "SamplingParams",
+    "Session",
+    "TnllmError",
+    "TnllmWarning",
+    "TransnormerConfig",
+    "TransnormerForCausalLM",
+    "Workload",
+    "WriteError",
+    "export",
+    "generate",
+    "generator",
+    "inspect",
+    "load",
+    "load_runtime",
+    "load_state",
+    "open_bundle",
+    "save_state",
+    "verify",
+]
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+def load(checkpoint: Path | str, dtype: Dtype = "float32") -> TransnormerForCausalLM:
+    """Load a checkpoint folder as the eager model, in evaluation mode.
+
+    Args:
+        checkpoint: Hugging Face style folder.
+        dtype: Of weights and activations; recurrent states are float32 always.
+
+    Raises:
+        CheckpointError: The checkpoint can't be used.
+        ConfigError: An unknown dtype, or a broken configuration.
+    """
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ConfigError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16")
+    return load_model(open_checkpoint(Path(checkpoint)), DTYPES[dtype])
+
+
+def export(
+    checkpoint: Path | str,
+    output: Path | str,
+    *,
+    dtype: Dtype | None = None,
+    lowering: str | None = None,
+    logits: Literal["last", "all"] = "last",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Bundle:
+    """Export a checkpoint folder as a bundle: two ONNX graphs, the weights once, tokenizer and manifest.
+
+    Args:
+        checkpoint: Hugging Face style folder.
+        output: Where the bundle shall be; it appears there all at once.
+        dtype: Of weights and activations. Default: the checkpoint's own where ONNX Runtime on the CPU runs it, else
+            float32.
+        lowering: "contrib", "standard", "matmul" or "plugin". Default: what ONNX Runtime on the CPU prefers.
+        logits: Whether prefill gives the logits of the "last" valid token or of "all".
+        overwrite: Whether a bundle at `output` may be replaced.
+        progress: Told what is being done.
+
+    Raises:
+        CheckpointError: The checkpoint can't be used.
+        BundleExistsError: Something is at `output`.
+        ExportError: An option is unknown, or a graph could not be made.
+        WriteError: Disk full, no permission.
+    """
+    from tnllm_export.export import export_bundle
+
+    return export_bundle(
+        Path(checkpoint),
+        Path(output),
+        dtype=dtype,
+        lowering=lowering,
+        logits=logits,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def verify(
+    bundle: Bundle | Path | str,
+    runtime: str = "onnxruntime",
+    *,
+    checkpoint: Path | str | None = None,
+    text: str | None = None,
+    seed: int | None = None,
+    workload: Workload | None = None,
+    threads: int | None = None,
+    save: bool = True,
+    progress: Progress = silent,
+) -> ParityReport:
+    """Compare a bundle on a runtime with the eager model, and keep the report in the bundle.
+
+    Args:
+        bundle: The bundle or its folder.
+        runtime: What runs the graphs.
+        checkpoint: Take the eager model's weights from this checkpoint; default: from the bundle.
+        text: Real text to verify on; default: a sample, where the bundle has a tokenizer.
+        seed: Of the random token ids; fresh by default, and reported.
+        workload: How much is compared.
+        threads: CPU threads of the runtime; default: its own choice.
+        save: Whether to write reports/parity.json and reports/parity.html into the bundle.
+        progress: Told what is loaded and which tokens have been fed.
+
+    Returns:
+        The report. Differences raise nothing: see `passed` and `require_pass`.
+
+    Raises:
+        BundleError: No sound bundle.
+        RuntimeTargetError: The runtime can't run it.
+        ParityError: The answers can't be compared at all.
+    """
+    from tnllm_export.verify import verify_bundle
+
+    return verify_bundle(
+        bundle,
+        runtime,
+        checkpoint=checkpoint,
+        text=text,
+        seed=seed,
+        workload=workload,
+        threads=threads,
+        save=save,
+        progress=progress,
+    )
+
+
+def generator(
+    bundle: Bundle | Path | str,
+    runtime: Runtime | str = "onnxruntime",
+    *,
+    threads: int | None = None,
+    prefill_chunk: int = 512,
+    prompt_limit: int | None = None,
+    progress: Progress = silent,
+) -> Generator:
+    """Return a generator over a bundle: its runtime and its tokenizer, ready for many prompts.
+
+    Args:
+        bundle: The bundle or its folder.
+        runtime: A loaded runtime of this bundle, or the name of one to load.
+        threads: CPU threads of a runtime loaded here.
+        prefill_chunk: Prompts are read in pieces of so many tokens.
+        prompt_limit: Longest prompt that is taken, in tokens; None: any.
+        progress: Told how much of the bundle has been checked and of the prompts read.
+
+    Raises:
+        BundleError: No sound bundle.
+        RuntimeTargetError: The runtime can't run it.
+        TokenizerError: The bundle's tokenizer can't be read.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), progress=progress)
+    tokenizer: Tokenizer | None = None
+    if opened.tokenizer_path is not None:
+        tokenizer = load_tokenizer(opened.tokenizer_path, opened.manifest.config.vocab_size)
+    loaded = load_runtime(opened, runtime, threads=threads) if isinstance(runtime, str) else runtime
+    return Generator(loaded, tokenizer, prefill_chunk=prefill_chunk, prompt_limit=prompt_limit, progress=progress)
+
+
+def generate(
+    bundle: Bundle | Path | str, prompt: Prompt, *, runtime: Runtime | str = "onnxruntime", **sampling: Any
+) -> Generation:
+    """Continue one prompt. For batches, streaming and saved states use `generator`.
+
+    Args:
+        bundle: The bundle or its folder.
+        prompt: Text, or token ids.
+        runtime: A loaded runtime of this bundle, or the name of one to load.
+        **sampling: Fields of `SamplingParams`, e.g. temperature=0.7, max_new_tokens=64. Default: greedy.
+
+    Raises:
+        BundleError: No sound bundle.
+        RuntimeTargetError: The runtime can't run it.
+        RequestError: A prompt or sampling parameter that can't be used.
+    """
+    return generator(bundle, runtime).generate(prompt, SamplingParams(**sampling))[0]
