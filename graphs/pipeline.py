@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from tnllm_export.graphs.lowerings import LOWERINGS
 from tnllm_export.graphs.passes.external_weights import ExternalWeight, ExternalWeights
 from tnllm_export.graphs.passes.linear_to_gemm import LinearToGemm
+from tnllm_export.graphs.passes.name_dims import NameDims
 from tnllm_export.graphs.passes.name_nodes import NameNodes
 from tnllm_export.graphs.passes.optimize import Optimize
 from tnllm_export.graphs.passes.set_opset import SetOpset
@@ -75,6 +76,7 @@ def build_graph(program: Program, lowering: str, weights: Mapping[str, ExternalW
     for tidy in (
         RemoveUnusedNodesPass(),
         TopologicalSortPass(),
+        NameDims("batch", "time"),
         NameNodes(program.module_prefix),
         SetOpset(chosen.opset, DOMAINS),
         ExternalWeights(weights),

@@ -27,7 +27,7 @@ class NameNodes(ir.passes.InPlacePass):
         for node in reversed(list(graph)):
             if modules[node] is None:
                 users = [modules.get(user) for output in node.outputs for user, _ in output.uses()]
-                modules[node] = next((module for module in users if module), None)
+                modules[node] = _common_parent([module for module in users if module])
         for node in graph:
             if modules[node] is None:
                 makers = [modules.get(value.producer()) for value in node.inputs if value and value.producer()]
@@ -59,4 +59,16 @@ class NameNodes(ir.passes.InPlacePass):
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
         # The last scope is the operator itself; the one before it is the innermost module.
         module = scopes[-2] if len(scopes) > 1 else ""
+        # What the tracer adds on its own, a symbolic size say, has a scope that is no module of the program.
+        if not module.startswith(self.prefix):
+            return None
         return module.removeprefix(self.prefix).removeprefix(".") or None
+
+
+def _common_parent(modules: list[str]) -> str | None:
+    """Return the innermost module that holds all of these, or None where there is none."""
+    if not modules:
+        return None
+    paths = [module.split(".") for module in modules]
+    shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+    return ".".join(shared) or None

@@ -66,6 +66,11 @@ class BundleWriter:
         os.close(self._lock)
         shutil.rmtree(self._partial, ignore_errors=True)
 
+    @property
+    def folder(self) -> Path:
+        """Where the bundle's files stand until `commit`: for checks that need them side by side."""
+        return self._partial
+
     def write_weights(
         self, layout: WeightsLayout, tensors: Iterable[tuple[str, Tensor]], progress: Progress = silent
     ) -> None:
