@@ -32,7 +32,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the ids' text. Control tokens are skipped; bytes that are no UTF-8 become U+FFFD."""
-        return self._decode([token for token in ids if token not in self.special_ids])
+        text = self._decode([token for token in ids if token not in self.special_ids])
+        if _BROKEN not in text:
+            return text
+        # One wrong byte makes tokenizers give up the whole run of bytes, the good characters in it included, which
+        # a stream has shown by then. What a stream shows is what counts, and is the better text.
+        stream = self.decode_stream()
+        return "".join([*(stream.push(token) for token in ids), stream.flush()])
 
     def decode_stream(self, prompt_ids: Sequence[int] = ()) -> "DecodeStream":
         """Return an incremental decoder.
@@ -41,7 +47,7 @@ class Tokenizer:
             prompt_ids: What stands before the stream. Its text is not repeated, but a first piece that continues it
                 keeps its leading space, and a character that the prompt begins is finished.
         """
-        return DecodeStream(self, prompt_ids)
+        return DecodeStream(self._decode, self.special_ids, prompt_ids)
 
 
 class DecodeStream:
@@ -52,8 +58,11 @@ class DecodeStream:
     is returned. The window starts at a token before which text has already been returned.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, decode: Callable[[list[int]], str], special_ids: frozenset[int], prompt_ids: Sequence[int]
+    ) -> None:
+        self._decode = decode
+        self._special_ids = special_ids
         self._window: list[int] = []
         self._fresh = 0  # index into the window: the first id that is not there as context only
         self._returned = 0  # characters of the window's text that have been returned
@@ -62,11 +71,12 @@ class DecodeStream:
 
     def push(self, token: int) -> str:
         """Take the next id; return the text that is settled by it, perhaps none."""
-        if token in self._tokenizer.special_ids:
+        if token in self._special_ids:
             return ""
         self._window.append(token)
-        text = self._tokenizer.decode(self._window)
-        settled = _settled_length(text)
+        text = self._decode(self._window)
+        # An unfinished character shows as U+FFFD at the end.
+        settled = len(text.rstrip(_BROKEN))
         new = text[self._returned : settled]
         self._returned = max(self._returned, settled)
         if settled == len(text):
@@ -75,27 +85,18 @@ class DecodeStream:
 
     def flush(self) -> str:
         """Return what is still held back, as it is: an unfinished character becomes U+FFFD."""
-        text = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         new = text[self._returned :]
         self._returned = len(text)
         return new
 
     def _shorten(self) -> None:
         # Ids that decode to nothing by themselves (a lone space) are no context: what follows would lose its space.
-        text = self._tokenizer.decode(self._window[self._fresh :])
+        text = self._decode(self._window[self._fresh :])
         if text:
             self._window = self._window[self._fresh :]
             self._fresh = len(self._window)
             self._returned = len(text)
-
-
-def _settled_length(text: str) -> int:
-    """Return how much of a text that may end inside a character can't change any more.
-
-    An unfinished character shows as U+FFFD at the end, one for each of at most three bytes; any before these are
-    bytes that will never be a character.
-    """
-    return max(len(text.rstrip(_BROKEN)), len(text) - 3)
 
 
 def find_tokenizer(folder: Path) -> Path | None:
