@@ -124,7 +124,7 @@ def clean_paragraph(lines: list[str]) -> str:
     """Join a paragraph's wrapped lines and make its typography uniform; "" if nothing but ornaments is left."""
     text = " ".join(lines)
     text = text.translate(_STRAIGHT_QUOTES)
-    text = re.sub(r"\[[^\]]*\]|[_*]", "", text)
+    text = re.sub(r" *\[[^\]]*\]|[_*]", "", text)
     text = re.sub(r" *(?:-{2,}|[–—]+) *", "—", text)
     # A hyphen at the end of a line belongs to the compound that it breaks: "twenty-" "one".
     text = re.sub(r"(?<=\w)- (?=\w)", "-", text)
