@@ -2,6 +2,7 @@
 
 import ast
 from collections import Counter
+from itertools import takewhile
 
 import onnx_ir as ir
 
@@ -70,5 +71,5 @@ def _common_parent(modules: list[str]) -> str | None:
     if not modules:
         return None
     paths = [module.split(".") for module in modules]
-    shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-    return ".".join(shared) or None
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared) or None
