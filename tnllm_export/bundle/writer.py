@@ -51,10 +51,11 @@ class BundleWriter:
         _check_place(self.path, overwrite)
 
     def __enter__(self) -> Self:
-        """Make the temporary folder. Raises WriteError where that is not possible."""
+        """Make the temporary folder. Raises WriteError where that is not possible, or BundleExistsError."""
         with files.reporting_write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _clear_leftovers(self.path)
+            _check_place(self.path, self._overwrite)  # again: a lost bundle may be back
             self._partial = _sibling(self.path, "partial")
             self._partial.mkdir()
             self._lock = _lock(self._partial)
