@@ -23,6 +23,7 @@ from tnllm_export.models.finite import check_cast
 from tnllm_export.models.modeling import GatedLinearAttention, TransnormerForCausalLM, parameter_dtype
 from tnllm_export.models.tokenizer import find_tokenizer
 from tnllm_export.models.weight_files import TensorInfo, WeightFile, name_some, open_weight_file
+from tnllm_export.progress import Progress, silent
 
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -120,12 +121,15 @@ def expected_tensors(config: TransnormerConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> TransnormerForCausalLM:
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, progress: Progress = silent
+) -> TransnormerForCausalLM:
     """Load the model in evaluation mode, with its own copy of the weights.
 
     Args:
         checkpoint: From `open_checkpoint`.
         dtype: Of weights and activations; theta and the decay rates stay float32 (float64 for float64).
+        progress: Told of the parameters that have been loaded.
 
     Raises:
         NonFiniteWeightsError: A weight is NaN or infinite, or too large for `dtype`.
@@ -135,9 +139,12 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Tr
     with torch.device("meta"):
         model = TransnormerForCausalLM(config)
     weights = {}
+    done = 0
     for name, stored in checkpoint.stream(checkpoint.tensors):
         weights[name] = stored.to(parameter_dtype(name, dtype), copy=True, memory_format=torch.contiguous_format)
         check_cast(name, stored, weights[name])
+        done += stored.numel()
+        progress("loading weights", done, checkpoint.parameters, "parameters")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     # The decay rates are in no checkpoint: they follow from the configuration.

@@ -111,6 +111,16 @@ def test_the_loaded_model_computes_what_the_saved_one_did(tmp_path: Path) -> Non
         assert torch.equal(loaded(ids)[0], saved(ids)[0])
 
 
+def test_loading_reports_progress(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    write_safetensors(tmp_path, make_weights())
+    checkpoint = open_checkpoint(tmp_path)
+    seen: list[tuple[int, int]] = []
+    load_model(checkpoint, progress=lambda stage, done, total, unit="": seen.append((done, total)))
+    assert len(seen) == len(checkpoint.tensors)
+    assert seen[-1] == (checkpoint.parameters, checkpoint.parameters)
+
+
 def test_safetensors_are_preferred_to_pickles(tmp_path: Path) -> None:
     weights = make_weights()
     write_config(tmp_path)
