@@ -24,9 +24,11 @@ class Target:
     max_opset: int | None = None
 
 
+# ONNX Runtime's own LinearAttention is the faster one, but rounds exp(-s) to float32 at every token: after 32k tokens
+# the slowest heads are off by 1e-3, where the matrix products stay below 1e-5 (docs/parity.md).
 TARGETS: tuple[Target, ...] = (
     Target("torch-cpu", "torch", "cpu", ("float32", "float16", "bfloat16"), ()),
     Target(
-        "onnxruntime-cpu", "onnxruntime", "cpu", ("float32", "float16"), ("contrib", "matmul", "plugin"), max_opset=26
+        "onnxruntime-cpu", "onnxruntime", "cpu", ("float32", "float16"), ("matmul", "contrib", "plugin"), max_opset=26
     ),
 )

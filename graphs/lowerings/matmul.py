@@ -21,6 +21,7 @@ from onnxscript.values import Opset
 
 from tnllm_export.graphs.lowerings.functions import add_functions
 from tnllm_export.kernels.contract import CHUNK_SIZE, NAMESPACE, OPSET_VERSION
+from tnllm_export.kernels.lightning_attention.step import SLOW_RATE
 
 _C = CHUNK_SIZE
 _ROW = np.arange(_C)
@@ -131,10 +132,18 @@ def LightningAttention(query, key, value, slope_rate, past_state, lengths):  # n
 @script(_TNLLM, default_opset=op)
 def LightningAttentionStep(query, key, value, slope_rate, past_state):  # noqa: N802
     """lightning_attention_step: S = exp(-s) S + k vᵀ; o = qᵀ S."""
-    decay = op.Exp(op.Neg(op.Reshape(slope_rate, op.Constant(value_ints=[-1, 1, 1]))))
+    # Slow heads add expm1(-s) S to S, so that exp(-s) is not rounded to 1: see kernels.lightning_attention.step. ONNX
+    # has no Expm1, but a Tanh: expm1(x) = 2 tanh(x/2) / (1 - tanh(x/2)).
+    rate = op.Reshape(slope_rate, op.Constant(value_ints=[-1, 1, 1]))
+    half = op.Tanh(op.Mul(rate, op.Constant(value_float=-0.5)))
+    one = op.Constant(value_float=1.0)
+    expm1 = op.Div(op.Add(half, half), op.Sub(one, half))
+    slow = op.Less(rate, op.Constant(value_float=SLOW_RATE))
+    change = op.Where(slow, expm1, op.Exp(op.Neg(rate)))
+    keep = op.Cast(slow, to=1)
     # [B, H, K, 1] * [B, H, 1, V] -> [B, H, K, V]
     update = op.Mul(op.Unsqueeze(op.Cast(key, to=1), [3]), op.Unsqueeze(op.Cast(value, to=1), [2]))
-    present_state = op.Add(op.Mul(decay, past_state), update)
+    present_state = op.Add(op.Mul(keep, past_state), op.Add(op.Mul(change, past_state), update))
     row = op.MatMul(op.Unsqueeze(op.Cast(query, to=1), [2]), present_state)
     output = op.CastLike(op.Squeeze(row, [2]), query)
     return output, present_state

@@ -59,9 +59,9 @@ def _transposed_weight(node: ir.Node) -> ir.Value | None:
 
 
 def _tokens_shape(graph: ir.Graph) -> ir.Value:
-    """Add [B, T, -1], computed once for all linear layers."""
+    """Add [B, T, -1] from the first input, [B, T, …], computed once for all linear layers."""
     tape = ir.tape.Tape()
-    batch_and_time = tape.op("Shape", [graph.inputs[0]])
+    batch_and_time = tape.op("Shape", [graph.inputs[0]], {"start": 0, "end": 2})
     shape = tape.op("Concat", [batch_and_time, _constant(graph, "inferred_dim", [-1])], {"axis": 0})
     batch_and_time.dtype = shape.dtype = ir.DataType.INT64
     graph.insert_before(graph[0], tape.nodes)

@@ -15,7 +15,7 @@ from tnllm_export.kernels.lightning_attention.blocked import (
     lightning_attention_blocked,
     lightning_attention_blocked_backward,
 )
-from tnllm_export.kernels.lightning_attention.reference import lightning_attention_step_reference
+from tnllm_export.kernels.lightning_attention.step import lightning_attention_step_pytorch
 
 
 def _like(x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def lightning_attention_step(
         TypeError: A dtype does not fit.
     """
     check_step_inputs(query, key, value, slope_rate, past_state)
-    return lightning_attention_step_reference(query, key, value, slope_rate, past_state)
+    return lightning_attention_step_pytorch(query, key, value, slope_rate, past_state)
 
 
 @lightning_attention_step.register_fake
