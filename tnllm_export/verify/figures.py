@@ -40,7 +40,6 @@ _SIZES = {"prefill": 7.5, "pieces": 5.0, "decode": 3.2}
 
 def error_by_layer(report: ParityReport) -> str:
     """Plot the relative error of each layer's state, the worst of all cases, after each stage."""
-
     from matplotlib.ticker import MaxNLocator
 
     def draw(axes: "Axes") -> None:

@@ -25,9 +25,11 @@ class Tolerance:
 
 TOLERANCES: dict[str, Tolerance] = {
     # The project's promise is 1e-5 on the golden data. Summation order is all that differs, about 1e-7 per product,
-    # and it grows with depth and with the length of the sums: 1e-6 is usual, 1e-5 is a bug.
+    # and it grows with depth and with the length of the sums: 2e-6 is usual (16 layers, 257 tokens).
+    # A runtime that multiplies its state by a rounded decay for each token is off by up to 2^-25 per token, always
+    # to the same side: over the 289 tokens of the workload that adds up to 0.9e-5, in the slowest heads.
     # KL is quadratic in the error: with logits of size about 10, 1e-5 of them is 1e-4, and its square 1e-8.
-    "float32": Tolerance(logits=1e-5, state=1e-5, kl=1e-8, excess=None),
+    "float32": Tolerance(logits=1e-5, state=2e-5, kl=1e-8, excess=None),
     # One rounding is 4.9e-4 (2^-11); every layer rounds some ten times and the residual stream adds them up. Where a
     # runtime rounds (after each node, or once per fused group) is its own choice, so two correct ones differ by as
     # much as each differs from float32. The excess is the sharp limit, this one bounds single positions.
