@@ -169,7 +169,8 @@ class Generator:
 
     def _choose(self, rows: list[RunningSequence], logits: Tensor) -> list[Event]:
         logits = logits.cpu()
-        for row, finite in zip(rows, logits.isfinite().all(dim=-1).tolist(), strict=True):
+        # The largest is NaN where any is; -inf below it does no harm.
+        for row, finite in zip(rows, logits.amax(dim=-1).isfinite().tolist(), strict=True):
             if not finite:
                 info = self.runtime.info
                 raise RuntimeTargetError(

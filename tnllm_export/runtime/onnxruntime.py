@@ -1,6 +1,7 @@
 """ONNX Runtime on the CPU: both graphs of a bundle, with bound inputs and outputs and memory-mapped weights."""
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -135,8 +136,8 @@ class _OrtState(StateHandle):
 class _DecodeSteps:
     """Two sets of state buffers and the bindings that lead from each to the other, made once per generation.
 
-    A step then binds nothing and allocates nothing but the logits it hands out, and a failed step has only touched
-    buffers that no live state uses.
+    A step then allocates and binds nothing but the logits it hands out, and a failed step has only touched buffers
+    that no live state uses.
     """
 
     def __init__(self, session: Any, past: tuple[Tensor, ...], vocab_size: int) -> None:
@@ -145,13 +146,13 @@ class _DecodeSteps:
         self._session = session
         self._input_ids = torch.empty(B, 1, dtype=torch.int64)
         self._positions = torch.empty(B, dtype=torch.int64)
-        self._logits = torch.empty(B, vocab_size)
+        self._vocab_size = vocab_size
         inputs = {"input_ids": self._input_ids, "positions": self._positions}
         self._bindings = [
             _bind(
                 session,
                 {**inputs, **_named("past_state", self.sides[side])},
-                {"logits": self._logits, **_named("present_state", self.sides[1 - side])},
+                _named("present_state", self.sides[1 - side]),
             )
             for side in (0, 1)
         ]
@@ -160,8 +161,10 @@ class _DecodeSteps:
         """Step from the state on `side` to the other side; return logits [B, vocab]."""
         self._input_ids.copy_(input_ids)
         self._positions.copy_(positions)
+        logits = torch.empty(self._input_ids.shape[0], self._vocab_size)
+        _bind_tensors(self._bindings[side].bind_output, {"logits": logits})
         _run(self._session, self._bindings[side])
-        return self._logits.clone()
+        return logits
 
 
 def _import_onnxruntime() -> Any:
@@ -197,11 +200,14 @@ def _named(prefix: str, tensors: "list[Tensor] | tuple[Tensor, ...]") -> dict[st
 def _bind(session: Any, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Any:
     """Bind contiguous tensors by address; the caller keeps them alive while the binding is used."""
     binding = session.io_binding()
-    for name, tensor in inputs.items():
-        binding.bind_input(name, "cpu", 0, _NUMPY_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
-    for name, tensor in outputs.items():
-        binding.bind_output(name, "cpu", 0, _NUMPY_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+    _bind_tensors(binding.bind_input, inputs)
+    _bind_tensors(binding.bind_output, outputs)
     return binding
+
+
+def _bind_tensors(bind: Callable[..., None], tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        bind(name, "cpu", 0, _NUMPY_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
 
 
 def _run(session: Any, binding: Any) -> None:

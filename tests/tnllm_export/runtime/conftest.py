@@ -1,22 +1,26 @@
-"""A tiny model with random weights: three heads, LRPE in the first of three layers."""
+"""A tiny model with random weights: three heads, LRPE in the first of two layers, and a bundle of it."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from tnllm_export.bundle import Bundle
+from tnllm_export.export import export_bundle
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
-from tnllm_export.runtime import Runtime, TorchRuntime
-
-VOCAB = 97
+from tnllm_export.runtime import Runtime, load_runtime
 
 
 @pytest.fixture(scope="session")
 def model() -> TransnormerForCausalLM:
     torch.manual_seed(0)
     config = TransnormerConfig(
-        vocab_size=VOCAB,
+        vocab_size=97,
         decoder_embed_dim=48,
-        decoder_layers=3,
+        decoder_layers=2,
         decoder_attention_heads=3,
         glu_dim=80,
         init_std=0.2,
@@ -24,6 +28,22 @@ def model() -> TransnormerForCausalLM:
     return TransnormerForCausalLM(config).requires_grad_(False)
 
 
-@pytest.fixture(scope="session", params=["torch"])
-def runtime(request: pytest.FixtureRequest, model: TransnormerForCausalLM) -> Runtime:
-    return TorchRuntime(model)
+@pytest.fixture(scope="session")
+def bundle(model: TransnormerForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(model, folder)
+    return export_bundle(folder, tmp_path_factory.mktemp("bundle") / "tiny", dtype="float32")
+
+
+@pytest.fixture(scope="session", params=["torch", "onnxruntime"])
+def runtime(request: pytest.FixtureRequest, bundle: Bundle) -> Runtime:
+    return load_runtime(bundle, request.param, threads=1)
+
+
+def write_checkpoint(model: TransnormerForCausalLM, folder: Path) -> None:
+    fields = {"model_type": "transnormer", **json.loads(model.config.model_dump_json())}
+    (folder / "config.json").write_text(json.dumps(fields))
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")

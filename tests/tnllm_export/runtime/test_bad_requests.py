@@ -131,10 +131,10 @@ def test_an_empty_batch_is_refused(runtime: Runtime) -> None:
 @pytest.mark.parametrize(
     ("spoil", "found"),
     [
-        (lambda tensors: tensors[:-1], "state has 2 layers; expected 3"),
+        (lambda tensors: tensors[:-1], "state has 1 layers; expected 2"),
         (lambda tensors: [tensors[1], *tensors[1:]], "state of layer 0 has shape [2, 3, 16, 16]; expected [2, 3, 32"),
         (lambda tensors: [tensors[0].double(), *tensors[1:]], "state of layer 0 is float64; expected float32"),
-        (lambda tensors: [*tensors[:2], tensors[2][:1]], "state of layer 2 has shape [1, 3, 16, 16]; expected [2"),
+        (lambda tensors: [tensors[0], tensors[1][:1]], "state of layer 1 has shape [1, 3, 16, 16]; expected [2"),
         (lambda tensors: [tensor[:0] for tensor in tensors], "expected at least one sequence"),
     ],
 )
