@@ -98,7 +98,7 @@ def load_state(path: Path | str, runtime: Runtime) -> Session:
 
 
 def check_session(session: Session, info: RuntimeInfo) -> None:
-    """Raise StateError unless the session's state fits the model in shape and dtype."""
+    """Raise StateError unless the session's state and tokens fit the model."""
     dtype = torch.float64 if info.dtype == "float64" else torch.float32
     check_state_tensors(info.config, session.state, dtype)
     vocab = info.config.vocab_size
@@ -106,6 +106,12 @@ def check_session(session: Session, info: RuntimeInfo) -> None:
         raise StateError(f"logits have shape {list(session.logits.shape)}; expected [{vocab}]")
     if any(not 0 <= token < vocab for token in session.token_ids):
         raise StateError(f"the state holds a token id outside the vocabulary; expected 0 … {vocab - 1}")
+    try:
+        torch.Generator().set_state(session.rng)
+    except (RuntimeError, TypeError) as error:
+        raise StateError(
+            "rng is no state of a random generator; expected what torch.Generator.get_state gives"
+        ) from error
     if session.state[0].shape[0] != 1:
         raise StateError(f"the state holds {session.state[0].shape[0]} sequences; expected 1 per session")
 

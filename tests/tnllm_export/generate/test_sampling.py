@@ -1,0 +1,113 @@
+"""The sampling functions against their formulas."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tnllm_export.generate import SamplingParams
+from tnllm_export.generate.sampling import choose_tokens, draw, keep_top_k, keep_top_p, penalise_repetition
+
+
+def logits(rows: int = 3, vocab: int = 50, seed: int = 0) -> Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def choose(row: Tensor, params: SamplingParams, draws: int, seen: Tensor | None = None) -> list[int]:
+    rng = torch.Generator().manual_seed(params.seed)
+    return [choose_tokens(row[None], [seen], [params], [rng])[0] for _ in range(draws)]
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens() -> None:
+    found = penalise_repetition(torch.tensor([[2.0, -2.0, 3.0, -3.0]]), torch.tensor([[True, True, False, False]]), 4.0)
+    assert found.tolist() == [[0.5, -8.0, 3.0, -3.0]]
+
+
+@given(k=st.integers(1, 60), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_top_k_keeps_exactly_the_k_largest(k: int, seed: int) -> None:
+    before = logits(seed=seed)
+    after = keep_top_k(before, k)
+    for old, new in zip(before.tolist(), after.tolist(), strict=True):
+        kept = {index for index, value in enumerate(new) if value != -float("inf")}
+        assert kept == set(sorted(range(50), key=lambda index: -old[index])[:k])
+        assert all(new[index] == old[index] for index in kept)
+
+
+def test_top_k_keeps_k_of_equal_logits() -> None:
+    assert int((keep_top_k(torch.zeros(1, 9), 4) > -torch.inf).sum()) == 4
+
+
+@given(p=st.floats(0.01, 0.999), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_top_p_keeps_the_fewest_tokens_that_reach_p(p: float, seed: int) -> None:
+    before = logits(seed=seed)
+    after = keep_top_p(before, p)
+    for old, new in zip(before, after, strict=True):
+        probabilities = old.double().softmax(-1)
+        kept = new > -torch.inf
+        assert float(probabilities[kept].sum()) >= p - 1e-9
+        assert float(probabilities[kept].sum() - probabilities[kept].min()) < p + 1e-9
+        assert float(probabilities[kept].min()) >= float(probabilities[~kept].max() if (~kept).any() else 0)
+        assert torch.equal(new[kept], old[kept])
+
+
+def test_top_p_always_keeps_the_likeliest() -> None:
+    kept = keep_top_p(torch.tensor([[0.0, 50.0, 1.0]]), 1e-6) > -torch.inf
+    assert kept.tolist() == [[False, True, False]]
+
+
+def test_draws_follow_the_distribution() -> None:
+    row = torch.tensor([2.0, 0.0, -torch.inf, 1.0, -1.0])
+    draws = 20_000
+    uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = torch.bincount(draw(row.expand(draws, -1), uniforms), minlength=5)
+    expected = row.softmax(-1) * draws
+    possible = expected > 0
+    assert counts[2] == 0
+    chi_square = float(((counts - expected).square() / expected)[possible].sum())
+    assert chi_square < 16.3  # 3 degrees of freedom, 0.1 %
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_a_ruled_out_token_is_never_drawn(uniform: float) -> None:
+    row = torch.full((1, 100), -torch.inf)
+    row[0, 40:45] = torch.randn(5)
+    assert 40 <= int(draw(row, torch.tensor([uniform], dtype=torch.float64))) < 45
+
+
+def test_drawn_tokens_stay_within_top_k_and_top_p() -> None:
+    row = logits(rows=1)[0]
+    order = row.argsort(descending=True).tolist()
+    assert set(choose(row, SamplingParams(temperature=3.0, top_k=4), 300)) == set(order[:4])
+    probabilities = row.double().softmax(-1)[order].cumsum(-1)
+    nucleus = order[: int((probabilities < 0.8).sum()) + 1]
+    assert set(choose(row, SamplingParams(temperature=1.0, top_p=0.8), 2000)) <= set(nucleus)
+
+
+def test_temperature_applies_before_top_p() -> None:
+    row = torch.tensor([2.0, 1.0, 0.0])
+    # At temperature 1 the first token alone has 0.67; at 4 it has 0.42, and two are needed.
+    assert set(choose(row, SamplingParams(temperature=1.0, top_p=0.6), 200)) == {0}
+    assert set(choose(row, SamplingParams(temperature=4.0, top_p=0.6), 200)) == {0, 1}
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    row = logits(rows=1)[0]
+    assert set(choose(row, SamplingParams(temperature=1e-30), 20)) == {int(row.argmax())}
+
+
+def test_the_penalty_works_on_greedy_choice() -> None:
+    row = torch.tensor([1.0, 1.9])
+    seen = torch.tensor([False, True])
+    assert choose(row, SamplingParams(repetition_penalty=2.0), 1, seen) == [0]
+    assert choose(row, SamplingParams(repetition_penalty=1.5), 1, seen) == [1]
+
+
+def test_each_row_draws_from_its_own_generator() -> None:
+    rows = logits()
+    params = [SamplingParams(temperature=1.0, seed=seed) for seed in (4, 5, 6)]
+    together = choose_tokens(rows, [None] * 3, params, [torch.Generator().manual_seed(p.seed) for p in params])
+    alone = [choose(row, row_params, 1)[0] for row, row_params in zip(rows, params, strict=True)]
+    assert together == alone
