@@ -18,7 +18,7 @@ tnllm export TransNormerLLM-1B -o bundle --dtype float16 --lowering matmul --ove
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Hugging Face style folder.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Hugging Face style folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="Folder to make.")],
     dtype: DtypeOption = None,
     lowering: LoweringOption = None,

@@ -28,7 +28,7 @@ _PORTS_SHOWN = 5
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A bundle's folder or an .onnx file.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle's folder or an .onnx file.")],
     json_output: JsonOption = False,
 ) -> None:
     """Show operators, opsets, inputs and outputs, parameters and sizes, and which targets can run it.

@@ -38,7 +38,7 @@ class RuntimeName(StrEnum):
     TORCH = "torch"
 
 
-BundleArgument = Annotated[Path, typer.Argument(help="Folder that `tnllm export` made.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `tnllm export` made.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document, errors included.")]
 RuntimeOption = Annotated[RuntimeName, typer.Option("--runtime", help="What runs the bundle.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: the runtime's.")]

@@ -54,7 +54,7 @@ class Session:
         if not self.json:
             width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
             # Paths may hold what rich takes for markup, and are copied: no wrapping.
-            Console(width=width, highlight=False).print(what, markup=False, soft_wrap=isinstance(what, str))
+            _Output(width=width, highlight=False).print(what, markup=False, soft_wrap=isinstance(what, str))
 
     def write(self, text: str) -> None:
         """Write text on stdout as it is and at once; nothing where JSON was asked for."""
@@ -87,6 +87,14 @@ class Session:
         self.say(kind, message)
         self.finish({"type": name, "message": " ".join(message.split()), "exit_code": exit_code})
         return typer.Exit(exit_code)
+
+
+class _Output(Console):
+    """A console that leaves a reader who went away to `session`, where rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Pass the error on."""
+        raise BrokenPipeError
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tnllm_export.errors import ParityError
+from tnllm_export.errors import ParityError, RequestError
 from tnllm_export.progress import Progress, silent
 from tnllm_export.runtime.protocol import Runtime, RuntimeInfo
 from tnllm_export.verify.cases import Case, random_case, text_case
@@ -23,6 +23,9 @@ class Workload:
         decoded: Tokens fed one by one after each prompt.
         greedy: Tokens of free-running greedy decoding.
         piece: Tokens per call where prompts are fed in pieces.
+
+    Raises:
+        RequestError: A part of it is empty, so that something would not be compared.
     """
 
     # One token alone, one less than a chunk, one more than four chunks; and pieces that fit no chunk.
@@ -30,6 +33,13 @@ class Workload:
     decoded: int = 32
     greedy: int = 32
     piece: int = 50
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1:
+            raise RequestError(f"workload: lengths are {self.lengths}; expected at least one, each of 1 or more tokens")
+        for name, value, least in (("decoded", self.decoded, 1), ("greedy", self.greedy, 0), ("piece", self.piece, 1)):
+            if value < least:
+                raise RequestError(f"workload: {name} is {value}; expected {least} or more tokens")
 
 
 def verify_runtime(

@@ -1,0 +1,152 @@
+"""One line, one exit code, whatever goes wrong."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from tnllm_export.errors import TnllmWarning
+
+CASES = {
+    "no such checkpoint": (("export", "{tmp}/none", "-o", "{tmp}/b"), 11, "no such folder"),
+    "output exists": (("export", "{checkpoint}", "-o", "{bundle}"), 22, "--overwrite"),
+    "no such bundle": (("verify", "{tmp}/none"), 21, "no such folder"),
+    "no bundle": (("generate", "{tmp}", "--prompt", "x"), 21, "no manifest.json"),
+    "empty prompt": (("generate", "{bundle}", "--prompt", ""), 51, "prompt 0 is empty"),
+    "long prompt": (("generate", "{bundle}", "--prompt-ids", "1,2,3", "--prompt-limit", "2"), 51, "at most 2"),
+    "ids that are none": (("generate", "{bundle}", "--prompt-ids", "1,x"), 51, "'x'; expected integers"),
+    "id out of range": (("generate", "{bundle}", "--prompt-ids", "1,320"), 51, "token id 320"),
+    "prompt file that is no text": (("generate", "{bundle}", "--prompt-file", "{binary}"), 51, "not UTF-8"),
+    "prompt file that is missing": (("generate", "{bundle}", "--prompt-file", "{tmp}/none"), 74, "No such file"),
+    "sampling": (("generate", "{bundle}", "--prompt", "x", "--top-p", "2"), 53, "top_p is 2.0"),
+    "state file": (("generate", "{bundle}", "--load-state", "{binary}"), 54, "not a readable state file"),
+    "graph": (("inspect", "{binary}"), 23, "no ONNX file"),
+    "nothing to inspect": (("inspect", "{tmp}/none.onnx"), 21, "no such file"),
+    "short text": (("verify", "{bundle}", "--text-file", "{short}"), 51, "expected at least 8"),
+}
+
+
+@pytest.fixture
+def places(tmp_path, text_checkpoint, text_bundle):
+    binary, short = tmp_path / "binary", tmp_path / "short"
+    binary.write_bytes(bytes(range(200, 256)))
+    short.write_text("Oh")
+    return {
+        "tmp": tmp_path,
+        "checkpoint": text_checkpoint,
+        "bundle": text_bundle.path,
+        "binary": binary,
+        "short": short,
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gives_one_line_and_its_exit_code(tnllm, places, case):
+    arguments, code, words = CASES[case]
+    arguments = [argument.format(**places) for argument in arguments]
+    result = tnllm(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
+    assert words in result.stderr
+
+    as_json = tnllm(*arguments, "--json")
+    assert as_json.exit_code == code
+    error = json.loads(as_json.stdout)["error"]
+    assert error["exit_code"] == code
+    assert f"error: {error['message']}\n" == as_json.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("translate",),
+        ("export", "x"),
+        ("export", "x", "-o", "y", "--lowering", "loop"),
+        ("export", "x", "-o", "y", "--dtype", "int8"),
+        ("generate", "x"),
+        ("generate", "x", "--prompt", "a", "--prompt", "b", "--save-state", "s"),
+    ],
+    ids=lambda arguments: " ".join(arguments) or "nothing",
+)
+def test_wrong_usage_exits_with_2(tnllm, arguments):
+    result = tnllm(*arguments)
+    assert result.exit_code == 2
+    assert "Usage: tnllm" in result.stderr or "Usage: tnllm" in result.stdout
+
+
+def raising(monkeypatch, error):
+    def inspect(path):
+        raise error
+
+    monkeypatch.setattr("tnllm_export.api.inspect", inspect)
+
+
+def test_a_bug_is_one_line_that_asks_for_a_report(tnllm, monkeypatch):
+    raising(monkeypatch, ZeroDivisionError("division\nby zero"))
+    result = tnllm("inspect", "x")
+    assert result.exit_code == 70
+    assert re.fullmatch(
+        r"internal error: ZeroDivisionError: division by zero; [^\n]*TNLLM_DEBUG=1[^\n]*\n", result.stderr
+    )
+    monkeypatch.setenv("TNLLM_DEBUG", "1")
+    debugged = tnllm("inspect", "x")
+    assert debugged.exit_code == 70
+    assert "Traceback (most recent call last)" in debugged.stderr
+
+
+def test_ctrl_c_exits_with_130(tnllm, monkeypatch):
+    raising(monkeypatch, KeyboardInterrupt())
+    result = tnllm("inspect", "x")
+    assert result.exit_code == 130
+    assert "Traceback" not in result.stderr
+
+
+def test_warnings_are_lines_said_once(tnllm, monkeypatch):
+    def inspect(path):
+        for _ in range(2):
+            warnings.warn("ignored\nthis", TnllmWarning, stacklevel=1)
+            warnings.warn("somebody else's", UserWarning, stacklevel=1)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("tnllm_export.api.inspect", inspect)
+    assert tnllm("inspect", "x").stderr == "warning: ignored this\n"
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-c", "from tnllm_export.cli.main import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def test_a_real_process_reports_and_exits(tmp_path):
+    failed = run("inspect", tmp_path / "none", "--json")
+    assert failed.returncode == 21
+    assert json.loads(failed.stdout)["error"]["type"] == "BundleNotFoundError"
+    version = run("--version")
+    assert version.returncode == 0
+    assert re.fullmatch(r"tnllm-export \d+\.\d+\.\d+\S*\n", version.stdout)
+
+
+def test_a_reader_who_goes_away_is_no_error(text_bundle):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", "from tnllm_export.cli.main import main; main()", "inspect", text_bundle.path]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("verb", ["demo", "export", "verify", "generate", "inspect", "train-demo"])
+def test_every_verb_has_help_with_examples_and_json(tnllm, verb):
+    result = tnllm(verb, "--help", env={"COLUMNS": "120", "TERMINAL_WIDTH": "120"})
+    assert result.exit_code == 0
+    assert f"tnllm {verb}" in result.stdout.split("Examples")[1]
+    assert "--json" in result.stdout
+
+
+def test_shell_completion_can_be_installed(tnllm):
+    assert "--install-completion" in tnllm("--help").stdout

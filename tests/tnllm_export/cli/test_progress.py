@@ -1,0 +1,66 @@
+"""Bars on a terminal, lines elsewhere, silence beside JSON."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from tnllm_export.cli import progress
+from tnllm_export.cli.progress import Bars, Lines, Silence, choose_display
+
+
+def test_the_display_fits_the_place():
+    terminal, file = Console(force_terminal=True, file=io.StringIO()), Console(file=io.StringIO())
+    assert isinstance(choose_display(True, terminal), Silence)
+    assert isinstance(choose_display(False, terminal), Bars)
+    assert isinstance(choose_display(False, file), Lines)
+
+
+def test_bars_show_bytes_and_vanish():
+    screen = io.StringIO()
+    bars = Bars(Console(force_terminal=True, file=screen, width=100))
+    bars("writing weights", 0, 4_000_000, "bytes")
+    bars("tracing", 0, 1)
+    bars("writing weights", 1_000_000, 4_000_000, "bytes")
+    bars._live.refresh()
+    assert "writing weights" in screen.getvalue()
+    assert "1.0 MB of 4.0 MB" in screen.getvalue()
+    bars("tracing", 1, 1)
+    bars("writing weights", 4_000_000, 4_000_000, "bytes")
+    assert bars._live is None
+
+
+def test_what_is_done_at_once_shows_nothing(capsys):
+    screen = io.StringIO()
+    for display in (Bars(Console(force_terminal=True, file=screen)), Lines()):
+        display("checking", 1, 1)
+        display.close()
+    assert screen.getvalue() == ""
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.02)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.04)
+
+
+def test_lines_speak_up_when_a_stage_takes_long(capsys, impatient):
+    lines = Lines()
+    lines("quick", 0, 1)
+    lines("quick", 1, 1)
+    lines("slow", 0, 1)
+    time.sleep(0.2)
+    lines("slow", 1, 1)
+    assert capsys.readouterr().err == "slow …\n"
+
+
+def test_lines_count_from_time_to_time(capsys, impatient):
+    lines = Lines()
+    lines("feeding", 0, 100, "tokens")
+    time.sleep(0.2)
+    for done in range(1, 50):
+        lines("feeding", done, 100, "tokens")
+    lines.close()
+    assert capsys.readouterr().err.splitlines() == ["feeding …", "feeding: 1 of 100 tokens (1 %)"]
