@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tnllm_export.cli.options import JsonOption
+from tnllm_export.cli.options import JsonOption, OverwriteOption
 from tnllm_export.cli.session import session
 
 EPILOG = """[bold]Examples[/bold]
@@ -27,11 +27,12 @@ def demo(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = PROMPT,
     seed: Annotated[int, typer.Option(min=0, help="Of the text.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the text.")] = 120,
+    overwrite: OverwriteOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Export the demo checkpoint, verify the bundle against PyTorch, and stream a continuation.
 
-    The default folder is replaced when it is there; another one must be new.
+    The default folder is replaced when it is there, another one only with --overwrite.
     """
     with session(json_output) as current:
         from tnllm_export import api
@@ -42,7 +43,10 @@ def demo(
 
         started = time.monotonic()
         bundle = api.export(
-            checkpoint_folder(), output or DEFAULT_FOLDER, overwrite=output is None, progress=current.progress
+            checkpoint_folder(),
+            output or DEFAULT_FOLDER,
+            overwrite=overwrite or output is None,
+            progress=current.progress,
         )
         current.print(f"exported  {describe_bundle(bundle)} in {time.monotonic() - started:.1f} s")
         report = api.verify(bundle, progress=current.progress)

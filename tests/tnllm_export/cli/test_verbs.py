@@ -213,7 +213,8 @@ def test_the_demo_goes_the_whole_way(tnllm, text_checkpoint, tmp_path, monkeypat
 
     # The default folder is made anew, one that was named is not.
     assert tnllm("demo", "-o", tmp_path / "tnllm-demo").exit_code == 22
-    document = json.loads(tnllm("demo", "--max-new-tokens", 5, "--json").stdout)
+    again = tnllm("demo", "-o", tmp_path / "tnllm-demo", "--overwrite", "--max-new-tokens", 5, "--json")
+    document = json.loads(again.stdout)
     assert document["parity"]["passed"] is True
     assert len(document["generation"]["token_ids"]) == 5
     assert Path(document["report"]).is_file()
