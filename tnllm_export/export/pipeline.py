@@ -1,7 +1,10 @@
-"""Exporting a checkpoint: trace, build graphs, stream the weights, commit the bundle."""
+"""Exporting a checkpoint: trace, build graphs, stream the weights meanwhile, commit the bundle."""
 
+import contextlib
 import importlib.metadata
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -78,12 +81,12 @@ def export_bundle(
             load_tokenizer(opened.tokenizer_path, opened.config.vocab_size)  # a broken one is found now, not later
         chosen = dtype or _default_dtype(opened, DEFAULT_TARGET)
         form = lowering or DEFAULT_TARGET.lowerings[0]
-        progress("tracing programs", 0, 1)
-        traced = trace_programs(opened.config, DTYPES[chosen], logits)
-        progress("tracing programs", 1, 1)
         layout = _plan(opened, DTYPES[chosen])
-        graphs = _build_graphs(opened.config, traced, form, layout, progress)
-        writer.write_weights(layout, opened.stream(layout.names), progress)
+        with _in_background(writer, layout, opened, progress):
+            progress("tracing programs", 0, 1)
+            traced = trace_programs(opened.config, DTYPES[chosen], logits)
+            progress("tracing programs", 1, 1)
+            graphs = _build_graphs(opened.config, traced, form, layout, progress)
         for name, graph in graphs.items():
             _write_graph(writer, name, graph)
         if opened.tokenizer_path is not None:
@@ -104,6 +107,29 @@ def export_bundle(
                 source=Source(checkpoint=checkpoint.resolve().name, parameters=opened.parameters),
             )
         )
+
+
+@contextlib.contextmanager
+def _in_background(
+    writer: BundleWriter, layout: WeightsLayout, checkpoint: Checkpoint, progress: Progress
+) -> Iterator[None]:
+    """Write the weights while the body makes the graphs: one waits for the disk, the other for the interpreter."""
+    stop = threading.Event()
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for item in checkpoint.stream(layout.names):
+            if stop.is_set():
+                return
+            yield item
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        written = pool.submit(writer.write_weights, layout, weights(), progress)
+        try:
+            yield
+        except BaseException:
+            stop.set()  # what the writer then says of missing tensors is of no interest
+            raise
+        written.result()
 
 
 def _check_options(dtype: str | None, lowering: str | None, logits: str) -> None:

@@ -70,7 +70,7 @@ class LinearizedRelativePositionEncoding(nn.Module):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [B, T, H, D] at positions [B, T] into [B, T, H, 2 D]. Angles are computed in float32."""
         # [B, T, 1, 1] * [H, D] -> [B, T, H, D]
-        angles = positions[..., None, None].to(self.theta.dtype) * self.theta[:, 0]
+        angles = positions.to(self.theta.dtype).unflatten(1, (-1, 1, 1)) * self.theta.squeeze(1)
         wide = x.to(angles.dtype)
         return torch.cat((wide * angles.cos(), wide * angles.sin()), dim=-1).to(x.dtype)
 
@@ -110,10 +110,10 @@ class GatedLinearAttention(nn.Module):
         """Attend over one token, x [B, 1, d] with positions [B, 1]; return [B, 1, d] and the new state."""
         query, key, value, gate = self._project(x, positions)
         output, present_state = lightning_attention_step(
-            query[:, 0], key[:, 0], value[:, 0], self.slope_rate, past_state
+            query.squeeze(1), key.squeeze(1), value.squeeze(1), self.slope_rate, past_state
         )
         # [B, H, V] -> [B, 1, d]
-        return self._finish(output.flatten(1)[:, None], gate), present_state
+        return self._finish(output.flatten(1).unsqueeze(1), gate), present_state
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         gate = None
@@ -192,7 +192,7 @@ class TransnormerModel(nn.Module):
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
         # [B, T]
-        token_positions = positions[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
+        token_positions = positions.unsqueeze(1) + torch.arange(input_ids.shape[1], device=input_ids.device)
         present_state = []
         for layer, state in zip(self.layers, past_state, strict=True):
             x, state = layer(x, lengths, token_positions, state)  # noqa: PLW2901
@@ -277,13 +277,13 @@ class TransnormerForCausalLM(nn.Module):
             # A row without valid tokens has no last one; its logits are those of token 0 and mean nothing.
             last = (lengths.to(torch.int64) - 1).clamp(min=0)
             # [B, T, d] -> [B, d]
-            hidden = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
+            hidden = hidden.gather(1, last.unflatten(0, (-1, 1, 1)).expand(-1, 1, hidden.shape[-1])).squeeze(1)
         return _wide(self.lm_head(hidden)), present_state
 
     def decode(self, input_ids: Tensor, positions: Tensor, past_state: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Feed one token, input_ids [B, 1], by the robust recurrence; return logits [B, vocab] and new states."""
         hidden, present_state = self.model(input_ids, None, positions, past_state)
-        return _wide(self.lm_head(hidden[:, 0])), present_state
+        return _wide(self.lm_head(hidden.squeeze(1))), present_state
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

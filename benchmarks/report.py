@@ -1,0 +1,115 @@
+"""Tables and plots of the documentation, made from the results files: nothing in them is written by hand."""
+
+import re
+from collections.abc import Callable
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks import constant_cost, drift, scale
+from benchmarks.records import RESULTS, ROOT, Record, load
+
+PAGE = ROOT / "docs" / "parity.md"
+PLOT = ROOT / "docs" / "images" / "drift.svg"
+
+
+def write() -> None:
+    """Rewrite what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` in the page, and the plot."""
+    text = PAGE.read_text(encoding="utf-8")
+    for path in sorted(RESULTS.glob("*.json")):
+        records = load(path)
+        for name, table in TABLES.items():
+            chosen = [record for record in records if record.name == name]
+            if chosen:
+                text = _replace(text, name, f"{table(chosen)}\n\n{_source(path.stem, chosen)}")
+        if any(record.name == drift.NAME for record in records):
+            _plot_drift([record for record in records if record.name == drift.NAME])
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def _replace(text: str, name: str, content: str) -> str:
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{PAGE} has no place for {name}: expected {begin} and {end}")
+    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
+
+
+def _source(device: str, records: list[Record]) -> str:
+    tools = ", ".join(f"{name} {version}" for name, version in records[0].versions.items())
+    return f"Measured on {device}, commit {records[0].commit}, {tools}."
+
+
+def _rows(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _drift_table(records: list[Record]) -> str:
+    cells = {tuple(record.case.split(" | ")): record.value for record in records}
+    heads = list(dict.fromkeys(head for _, _, head, _ in cells))
+    rows = [
+        [activations.removesuffix(" activations"), form]
+        + [f"{cells[activations, form, head, str(drift.TOKENS)]:.1e}" for head in heads]
+        for activations, form in dict.fromkeys((activations, form) for activations, form, _, _ in cells)
+    ]
+    return _rows(["activations", "form", *heads], rows)
+
+
+def _cost_table(records: list[Record]) -> str:
+    rows = [
+        [record.metric, f"{record.value:.0f} {record.unit}", f"{record.peer_value:.0f} {record.unit}",
+         f"{record.value / (record.peer_value or 1):.4f}"]
+        for record in records
+    ]  # fmt: skip
+    return _rows(["what", "value", constant_cost_peer(records), "ratio"], rows)
+
+
+def constant_cost_peer(records: list[Record]) -> str:
+    """The column that the values are compared with."""
+    return str(records[0].peer)
+
+
+def _scale_table(records: list[Record]) -> str:
+    rows = []
+    for record in records:
+        if record.peer_value:
+            rest = f"{record.value / record.peer_value:.2f} times {record.peer} ({record.peer_value:.1f} s)"
+            limit = f"at most {scale.TIME_LIMIT:.0f} times"
+        else:
+            rest, limit = "", f"at most {record.floor:.0f} {record.unit}"
+        rows.append([record.case, record.metric, f"{record.value:.2f} {record.unit}", rest, limit])
+    return _rows(["checkpoint", "what", "value", "against", "limit"], rows)
+
+
+def _plot_drift(records: list[Record]) -> None:
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for record in records:
+        activations, form, head, tokens = record.case.split(" | ")
+        if activations.startswith("float32"):
+            curves.setdefault((head, form), []).append((int(tokens), record.value))
+    heads = list(dict.fromkeys(head for head, _ in curves))
+    forms = list(dict.fromkeys(form for _, form in curves))
+    figure, axes = plt.subplots(1, len(heads), figsize=(13, 3.6), sharey=True, layout="constrained")
+    for axis, head in zip(axes, heads, strict=True):
+        for form, marker in zip(forms, "osv^d", strict=False):
+            tokens, errors = zip(*curves[head, form], strict=True)
+            axis.plot(tokens, errors, marker=marker, markersize=3, linewidth=1.2, label=form)
+        axis.axhline(drift.LIMIT, color="0.5", linestyle=":", linewidth=1)
+        axis.set(xscale="log", yscale="log", title=head, xlabel="decoded tokens")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("relative error of the state")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(forms), frameon=False)
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOT, metadata={"Date": None})
+    plt.close(figure)
+
+
+TABLES: dict[str, Callable[[list[Record]], str]] = {
+    drift.NAME: _drift_table,
+    constant_cost.NAME: _cost_table,
+    scale.NAME: _scale_table,
+}

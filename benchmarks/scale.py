@@ -1,0 +1,137 @@
+"""Exports of 1B- and 7B-shaped checkpoints: peak memory, and time against copying the same files.
+
+Both the copy and the export end with everything on the disk (fsync). They alternate, after one warm-up copy, and the
+median counts. The export runs in a process of its own, imports included, so that its peak memory is its own.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.records import Record
+from tnllm_export.models.checkpoint import expected_tensors
+from tnllm_export.models.config import TransnormerConfig
+from tnllm_export.progress import Progress, silent
+
+NAME = "scale"
+MEMORY_LIMIT = 4 * 2**30
+TIME_LIMIT = 4.0
+
+SHAPES = {
+    "1B": {"decoder_embed_dim": 2048, "decoder_layers": 16, "decoder_attention_heads": 16, "glu_dim": 5632},
+    "7B": {"decoder_embed_dim": 4096, "decoder_layers": 30, "decoder_attention_heads": 32, "glu_dim": 11008},
+}
+SHARDS = {"1B": 2, "7B": 3}
+
+_EXPORT = """
+import json, pathlib, resource, sys, time
+start = time.perf_counter()
+from tnllm_export.export import export_bundle
+export_bundle(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), dtype="bfloat16", overwrite=True)
+print(json.dumps({"seconds": time.perf_counter() - start,
+                  "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+"""
+
+
+def run(progress: Progress = silent, rounds: int = 3) -> list[Record]:
+    """Measure both sizes, as `.bin` shards and as safetensors shards."""
+    records = []
+    with tempfile.TemporaryDirectory(prefix="tnllm-scale-", dir=os.environ.get("TNLLM_BENCH_DIR")) as folder:
+        for size in SHAPES:
+            for kind in ("bin", "safetensors"):
+                records += _measure(size, kind, Path(folder), rounds, progress)
+    return records
+
+
+def make_checkpoint(folder: Path, size: str, kind: str) -> None:
+    """Write a random bfloat16 checkpoint of a released shape, in shards with an index."""
+    fields = {"vocab_size": 64000, "model_type": "transnormer", "torch_dtype": "bfloat16", **SHAPES[size]}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields))
+    shapes = expected_tensors(TransnormerConfig.model_validate(fields))
+    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    shard: dict[str, Tensor] = {}
+    shards: list[dict[str, Tensor]] = []
+    weight_map, filled = {}, 0
+    name_of = (lambda n: f"pytorch_model-{n:05}.bin") if kind == "bin" else (lambda n: f"model-{n:05}.safetensors")
+    for name, tensor in _random_weights(shapes):
+        shard[name] = tensor
+        weight_map[name] = name_of(len(shards) + 1)
+        filled += tensor.numel()
+        if filled >= total * (len(shards) + 1) / SHARDS[size]:
+            path = folder / name_of(len(shards) + 1)
+            if kind == "bin":
+                torch.save(shard, path)
+            else:
+                save_file(shard, path, metadata={"format": "pt"})
+            shards.append({})
+            shard = {}
+    index = "pytorch_model.bin.index.json" if kind == "bin" else "model.safetensors.index.json"
+    (folder / index).write_text(json.dumps({"metadata": {"total_size": 2 * total}, "weight_map": weight_map}))
+
+
+def copy_durably(source: Path, target: Path) -> float:
+    """Copy a folder's files and put them on the disk; return the seconds."""
+    start = time.perf_counter()
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, target / path.name)
+        with (target / path.name).open("rb") as file:
+            os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def export(checkpoint: Path, output: Path) -> tuple[float, int]:
+    """Export in a process of its own; return its seconds, imports included, and its peak resident bytes."""
+    start = time.perf_counter()
+    answer = subprocess.run(
+        [sys.executable, "-c", _EXPORT, str(checkpoint), str(output)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return time.perf_counter() - start, int(json.loads(answer.stdout)["peak"])
+
+
+def _measure(size: str, kind: str, folder: Path, rounds: int, progress: Progress) -> list[Record]:
+    case = f"{size}, bfloat16, .{kind} shards"
+    checkpoint, copied, bundle = folder / "checkpoint", folder / "copy", folder / "bundle"
+    make_checkpoint(checkpoint, size, kind)
+    copy_durably(checkpoint, copied)
+    shutil.rmtree(copied)
+    copies, exports, peaks = [], [], []
+    for done in range(rounds):
+        progress(case, done, rounds, "rounds")
+        copies.append(copy_durably(checkpoint, copied))
+        shutil.rmtree(copied)
+        seconds, peak = export(checkpoint, bundle)
+        shutil.rmtree(bundle)
+        exports.append(seconds)
+        peaks.append(peak)
+    progress(case, rounds, rounds, "rounds")
+    shutil.rmtree(checkpoint)
+    copy_seconds = statistics.median(copies)
+    return [
+        Record(NAME, case, "export time", "s", statistics.median(exports), floor=TIME_LIMIT * copy_seconds,
+               peer="copy of the files, fsync included", peer_value=copy_seconds),
+        Record(NAME, case, "peak resident memory", "GiB", max(peaks) / 2**30, floor=MEMORY_LIMIT / 2**30),
+    ]  # fmt: skip
+
+
+def _random_weights(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Normal weights, drawn from one long stretch of random numbers at ever other places: drawing 7B takes minutes."""
+    pool = (torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
+    offset = 0
+    for name, shape in shapes.items():
+        numel = torch.Size(shape).numel()
+        offset = (offset + 7919) % 4096
+        tensor = pool[offset:].repeat(numel // (pool.numel() - offset) + 1)[:numel].clone()
+        yield name, (tensor.abs() + 0.001 if name.endswith("theta") else tensor).reshape(shape)
