@@ -1,6 +1,7 @@
 """A tiny checkpoint with a tokenizer, and its bundle: what the command line and the API are tried on."""
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from tnllm_export.bundle import Bundle
+from tnllm_export.bundle import Bundle, open_bundle
 from tnllm_export.export import export_bundle
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
@@ -59,3 +60,15 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_bundle(text_checkpoint: Path) -> Bundle:
     return export_bundle(text_checkpoint, text_checkpoint.parent / "bundle", lowering="contrib")
+
+
+@pytest.fixture(scope="session")
+def ids_bundle(text_bundle: Bundle) -> Bundle:
+    """The same bundle without its tokenizer."""
+    folder = text_bundle.path.parent / "ids"
+    shutil.copytree(text_bundle.path, folder)
+    (folder / "tokenizer.model").unlink()
+    files = {name: record for name, record in text_bundle.manifest.files.items() if name != "tokenizer.model"}
+    manifest = text_bundle.manifest.model_copy(update={"tokenizer": None, "files": files})
+    (folder / "manifest.json").write_text(manifest.to_text(), encoding="utf-8")
+    return open_bundle(folder)

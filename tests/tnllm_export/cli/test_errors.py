@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 from tnllm_export.errors import TnllmWarning
+
+GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "scaled_embedding"
 
 CASES = {
     "no such checkpoint": (("export", "{tmp}/none", "-o", "{tmp}/b"), 11, "no such folder"),
@@ -22,6 +25,10 @@ CASES = {
     "id out of range": (("generate", "{bundle}", "--prompt-ids", "1,320"), 51, "token id 320"),
     "prompt file that is no text": (("generate", "{bundle}", "--prompt-file", "{binary}"), 51, "not UTF-8"),
     "prompt file that is missing": (("generate", "{bundle}", "--prompt-file", "{tmp}/none"), 74, "No such file"),
+    "text without a tokenizer": (("generate", "{ids}", "--prompt", "x"), 52, "no tokenizer"),
+    "stop text without a tokenizer": (("generate", "{ids}", "--prompt-ids", "1", "--stop", "x"), 52, "no tokenizer"),
+    "verifying on text without a tokenizer": (("verify", "{ids}", "--text-file", "{short}"), 52, "no tokenizer"),
+    "another checkpoint": (("verify", "{bundle}", "--checkpoint", "{golden}"), 42, "another configuration"),
     "sampling": (("generate", "{bundle}", "--prompt", "x", "--top-p", "2"), 53, "top_p is 2.0"),
     "state file": (("generate", "{bundle}", "--load-state", "{binary}"), 54, "not a readable state file"),
     "graph": (("inspect", "{binary}"), 23, "no ONNX file"),
@@ -31,7 +38,7 @@ CASES = {
 
 
 @pytest.fixture
-def places(tmp_path, text_checkpoint, text_bundle):
+def places(tmp_path, text_checkpoint, text_bundle, ids_bundle):
     binary, short = tmp_path / "binary", tmp_path / "short"
     binary.write_bytes(bytes(range(200, 256)))
     short.write_text("Oh")
@@ -39,6 +46,8 @@ def places(tmp_path, text_checkpoint, text_bundle):
         "tmp": tmp_path,
         "checkpoint": text_checkpoint,
         "bundle": text_bundle.path,
+        "ids": ids_bundle.path,
+        "golden": GOLDEN,
         "binary": binary,
         "short": short,
     }

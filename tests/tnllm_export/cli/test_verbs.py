@@ -105,6 +105,16 @@ def test_generate_writes_a_batch_one_after_the_other(tnllm, text_bundle, tmp_pat
     assert result.stdout.endswith(from_stdin.stdout)
 
 
+def test_without_a_tokenizer_ids_go_in_and_come_out(tnllm, ids_bundle):
+    options = ("--prompt-ids", "5,6", "--max-new-tokens", 3)
+    result = tnllm("generate", ids_bundle.path, *options)
+    [generation] = json.loads(tnllm("generate", ids_bundle.path, *options, "--json").stdout)["generations"]
+    assert [int(token) for token in result.stdout.split()] == generation["token_ids"]
+    assert generation["text"] == ""
+    verified = json.loads(tnllm("verify", ids_bundle.path, "--json").stdout)
+    assert [case["name"] for case in verified["cases"]] == ["random"]
+
+
 def test_a_saved_state_goes_on_where_it_stopped(tnllm, text_bundle, tmp_path):
     drawn = ("--temperature", 1, "--seed", 3, "--ignore-eos", "--json")
     state = tmp_path / "state"
