@@ -1,7 +1,7 @@
 """From an ExportedProgram to an onnx-ir model in which each of our two ops is one node of the domain `tnllm`."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -50,7 +50,7 @@ def translate(
         ExportError: An operator has no translation.
     """
     register_schemas()
-    table = {
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
         getattr(getattr(torch.ops, NAMESPACE), LIGHTNING_ATTENTION.torch_name).default: _chunk,
         getattr(getattr(torch.ops, NAMESPACE), LIGHTNING_ATTENTION_STEP.torch_name).default: _step,
     }

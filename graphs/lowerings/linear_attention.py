@@ -28,7 +28,7 @@ class LowerToLinearAttention(ir.passes.InPlacePass):
             tape = _Tape(model.graph)
             results = lowerings[node.op_type](tape, node)
             for new, old in zip(results, node.outputs, strict=True):
-                new.shape, new.dtype = old.shape, old.dtype
+                new.shape, new.type = old.shape, old.type
             for created in tape.nodes:
                 created.metadata_props.update(node.metadata_props)
             ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, results)
@@ -111,7 +111,7 @@ class _Tape(ir.tape.Tape):
     def _constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         if name not in self._graph.initializers:
             value = ir.Value(
-                name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+                name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
             )
             self._graph.register_initializer(value)
         return self._graph.initializers[name]

@@ -29,11 +29,11 @@ class LinearToGemm(ir.passes.InPlacePass):
             else:
                 if tokens_shape is None:
                     tokens_shape = _tokens_shape(graph)
-                flat = tape.op("Reshape", [x, _constant(graph, "flat_shape", [-1, int(weight.shape[1])])])
+                flat = tape.op("Reshape", [x, _constant(graph, "flat_shape", [-1, weight.shape.numpy()[1]])])
                 product = tape.op("Gemm", [flat, weight], {"transB": 1})
-                flat.dtype = product.dtype = x.dtype
+                flat.type = product.type = x.type
                 new = tape.op("Reshape", [product, tokens_shape])
-            new.shape, new.dtype = old.shape, old.dtype
+            new.shape, new.type = old.shape, old.type
             for created in tape.nodes:
                 created.metadata_props.update(node.metadata_props)
             ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, [old], [new])

@@ -23,7 +23,7 @@ class NameNodes(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rename everything but the graph's inputs, outputs and weights."""
         graph = model.graph
-        modules = {node: self._module(node) for node in graph}
+        modules: dict[ir.Node | None, str | None] = {node: self._module(node) for node in graph}
         # What a pass or the optimizer made belongs to whoever uses it, else to where its input comes from.
         for node in reversed(list(graph)):
             if modules[node] is None:

@@ -10,9 +10,12 @@ class StaticReshapes(ir.passes.InPlacePass):
         """Rewrite every Reshape whose shapes are known up to symbolic dimensions."""
         modified = False
         for node in model.graph:
-            if node.op_type != "Reshape" or node.domain or ir.convenience.get_const_tensor(node.inputs[1]) is not None:
+            if node.op_type != "Reshape" or node.domain:
                 continue
-            target = _target(node.inputs[0], node.outputs[0])
+            data, shape = node.inputs
+            if data is None or shape is None or ir.convenience.get_const_tensor(shape) is not None:
+                continue
+            target = _target(data, node.outputs[0])
             if target is None:
                 continue
             constant = ir.Value(name=f"{node.name}_shape", const_value=ir.tensor(target, dtype=ir.DataType.INT64))
@@ -24,9 +27,9 @@ class StaticReshapes(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def _target(data: ir.Value | None, result: ir.Value) -> list[int] | None:
+def _target(data: ir.Value, result: ir.Value) -> list[int] | None:
     """Return the constant target, or None where the shapes don't determine one."""
-    if data is None or data.shape is None or result.shape is None:
+    if data.shape is None or result.shape is None:
         return None
     target: list[int] = []
     for axis, dim in enumerate(result.shape):

@@ -114,7 +114,7 @@ def _chunked(x: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is not None:
         x = torch.where(_valid(lengths, T)[:, :, None, None], x, 0)
     x = F.pad(x, (0, 0, 0, 0, 0, -T % CHUNK_SIZE))
-    return x.unflatten(1, (-1, CHUNK_SIZE)).permute(0, 3, 1, 2, 4).to(accumulator_dtype(x.dtype))
+    return torch.unflatten(x, 1, (-1, CHUNK_SIZE)).permute(0, 3, 1, 2, 4).to(accumulator_dtype(x.dtype))
 
 
 def _unchunked(x: Tensor, T: int) -> Tensor:

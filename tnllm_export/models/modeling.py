@@ -70,7 +70,7 @@ class LinearizedRelativePositionEncoding(nn.Module):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [B, T, H, D] at positions [B, T] into [B, T, H, 2 D]. Angles are computed in float32."""
         # [B, T, 1, 1] * [H, D] -> [B, T, H, D]
-        angles = positions.to(self.theta.dtype).unflatten(1, (-1, 1, 1)) * self.theta.squeeze(1)
+        angles = torch.unflatten(positions.to(self.theta.dtype), 1, (-1, 1, 1)) * self.theta.squeeze(1)
         wide = x.to(angles.dtype)
         return torch.cat((wide * angles.cos(), wide * angles.sin()), dim=-1).to(x.dtype)
 
@@ -122,9 +122,9 @@ class GatedLinearAttention(nn.Module):
         else:
             q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
         # [B, T, d] -> [B, T, H, D]
-        query = activate(self.activation, q).unflatten(-1, (self.heads, -1))
-        key = activate(self.activation, k).unflatten(-1, (self.heads, -1))
-        value = v.unflatten(-1, (self.heads, -1))
+        query = torch.unflatten(activate(self.activation, q), -1, (self.heads, -1))
+        key = torch.unflatten(activate(self.activation, k), -1, (self.heads, -1))
+        value = torch.unflatten(v, -1, (self.heads, -1))
         if self.lrpe is not None:
             query, key = self.lrpe(query, positions), self.lrpe(key, positions)
         return query, key, value, gate
@@ -277,7 +277,8 @@ class TransnormerForCausalLM(nn.Module):
             # A row without valid tokens has no last one; its logits are those of token 0 and mean nothing.
             last = (lengths.to(torch.int64) - 1).clamp(min=0)
             # [B, T, d] -> [B, d]
-            hidden = hidden.gather(1, last.unflatten(0, (-1, 1, 1)).expand(-1, 1, hidden.shape[-1])).squeeze(1)
+            index = torch.unflatten(last, 0, (-1, 1, 1)).expand(-1, 1, hidden.shape[-1])
+            hidden = hidden.gather(1, index).squeeze(1)
         return _wide(self.lm_head(hidden)), present_state
 
     def decode(self, input_ids: Tensor, positions: Tensor, past_state: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
