@@ -17,7 +17,7 @@ LINE_SECONDS = 10.0
 
 
 class Display(Protocol):
-    """A `tnllm_export.progress.Progress` that can be taken off the screen."""
+    """A `tnllm_export.progress.Progress` that can be taken off the screen. Several threads may report at once."""
 
     def __call__(self, stage: str, done: int, total: int, unit: str = "") -> None:
         """Show how much of a stage is done."""
@@ -50,28 +50,31 @@ class Bars:
         self._console = console
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._lock = threading.RLock()
 
     def __call__(self, stage: str, done: int, total: int, unit: str = "") -> None:
         """Draw, move or remove the stage's bar."""
-        if stage not in self._tasks:
-            if done >= total:
+        with self._lock:
+            if stage not in self._tasks:
+                if done >= total:
+                    return
+                # A stage that is one step has no share to show: its bar pulses.
+                self._tasks[stage] = self._start().add_task(stage, total=total if total > 1 else None, count="")
+            live = self._start()
+            if done < total:
+                live.update(self._tasks[stage], completed=done, count=_count(done, total, unit))
                 return
-            # A stage that is one step has no share to show: its bar pulses.
-            self._tasks[stage] = self._start().add_task(stage, total=total if total > 1 else None, count="")
-        live = self._start()
-        if done < total:
-            live.update(self._tasks[stage], completed=done, count=_count(done, total, unit))
-            return
-        live.remove_task(self._tasks.pop(stage))
-        if not self._tasks:
-            self.close()
+            live.remove_task(self._tasks.pop(stage))
+            if not self._tasks:
+                self.close()
 
     def close(self) -> None:
         """Remove all bars."""
-        if self._live is not None:
-            self._live.stop()
-        self._live = None
-        self._tasks.clear()
+        with self._lock:
+            if self._live is not None:
+                self._live.stop()
+            self._live = None
+            self._tasks.clear()
 
     def _start(self) -> Progress:
         if self._live is None:
@@ -91,23 +94,26 @@ class Lines:
 
     def __init__(self) -> None:
         self._stages: dict[str, _Stage] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, stage: str, done: int, total: int, unit: str = "") -> None:
         """Note how far the stage is, and say so where it is time."""
-        if stage not in self._stages:
+        with self._lock:
+            if stage not in self._stages:
+                if done >= total:
+                    return
+                self._stages[stage] = _Stage(stage).start()
             if done >= total:
-                return
-            self._stages[stage] = _Stage(stage).start()
-        if done >= total:
-            self._stages.pop(stage).end()
-        else:
-            self._stages[stage].advance(done, total, unit)
+                self._stages.pop(stage).end()
+            else:
+                self._stages[stage].advance(done, total, unit)
 
     def close(self) -> None:
         """End all stages."""
-        for stage in self._stages.values():
-            stage.end()
-        self._stages.clear()
+        with self._lock:
+            for stage in self._stages.values():
+                stage.end()
+            self._stages.clear()
 
 
 class _Stage:
@@ -133,7 +139,9 @@ class _Stage:
 
     def _say(self, line: str) -> None:
         self._said = time.monotonic()
-        print(line, file=sys.stderr, flush=True)
+        # In one call, line end included: two stages' timers may speak at the same moment.
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 def _count(done: int, total: int, unit: str) -> str:

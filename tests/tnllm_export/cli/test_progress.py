@@ -1,7 +1,9 @@
 """Bars on a terminal, lines elsewhere, silence beside JSON."""
 
 import io
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from rich.console import Console
@@ -64,3 +66,53 @@ def test_lines_count_from_time_to_time(capsys, impatient):
         lines("feeding", done, 100, "tokens")
     lines.close()
     assert capsys.readouterr().err.splitlines() == ["feeding …", "feeding: 1 of 100 tokens (1 %)"]
+
+
+class Slow(dict):
+    """A dict that gives way to other threads between a question and what is done about the answer."""
+
+    def __contains__(self, key):
+        found = super().__contains__(key)
+        time.sleep(0.002)
+        return found
+
+    def values(self):
+        for value in super().values():
+            time.sleep(0.002)
+            yield value
+
+    def __bool__(self):
+        empty = not len(self)
+        time.sleep(0.002)
+        return not empty
+
+
+@pytest.mark.parametrize("kind", [Bars, Lines])
+def test_several_threads_may_report_at_once(kind):
+    screen = io.StringIO()
+    display = Bars(Console(force_terminal=True, file=screen)) if kind is Bars else Lines()
+    (name,) = (name for name in ("_tasks", "_stages") if hasattr(display, name))
+    setattr(display, name, Slow())
+
+    def report(stage):
+        for done in (0, 1, 2):
+            display(stage, done, 2, "bytes")
+        return stage
+
+    def close(_):
+        display.close()
+        return "closed"
+
+    work = [(report, "weights"), (report, "graphs"), (close, None)] * 8
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            ended = list(pool.map(lambda item: item[0](item[1]), work))
+    finally:
+        sys.setswitchinterval(switch)
+    assert ended == ["weights", "graphs", "closed"] * 8
+    display.close()
+    assert len(getattr(display, name)) == 0
+    if kind is Bars:
+        assert display._live is None
