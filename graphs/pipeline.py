@@ -16,6 +16,7 @@ from tnllm_export.graphs.passes.name_nodes import NameNodes
 from tnllm_export.graphs.passes.optimize import Optimize
 from tnllm_export.graphs.passes.set_opset import SetOpset
 from tnllm_export.graphs.passes.static_reshapes import StaticReshapes
+from tnllm_export.graphs.passes.unroll_layers import UnrollLayers
 from tnllm_export.graphs.translate import translate
 from tnllm_export.kernels.contract import NAMESPACE, OPSET_VERSION
 
@@ -33,6 +34,7 @@ class Program:
         module_prefix: Name under which the program holds the model; not part of any name in the graph.
         weight_names: Parameter and buffer names of the program, and the initializer name of each.
         constants: Values of initializers that stay in the graph, by initializer name.
+        layer_kinds: Which of the program's layers each layer of the graph is like; see `UnrollLayers`.
     """
 
     exported: ExportedProgram
@@ -41,6 +43,7 @@ class Program:
     module_prefix: str
     weight_names: Mapping[str, str]
     constants: Mapping[str, Tensor]
+    layer_kinds: Sequence[int]
 
 
 def build_graph(program: Program, lowering: str, weights: Mapping[str, ExternalWeight]) -> ir.Model:
@@ -69,19 +72,19 @@ def build_graph(program: Program, lowering: str, weights: Mapping[str, ExternalW
     LinearToGemm()(model)
     chosen.lower(model)
     Optimize()(model)
-    # Only now, so that nothing large is folded into the graph: decay masks of every layer, say.
-    for name, tensor in program.constants.items():
-        if name in model.graph.initializers:
-            model.graph.initializers[name].const_value = ir.tensor(tensor.numpy(), name=name)
     for tidy in (
         RemoveUnusedNodesPass(),
-        TopologicalSortPass(),
         NameDims("batch", "time"),
         NameNodes(program.module_prefix),
+        UnrollLayers(program.layer_kinds),
+        TopologicalSortPass(),
         SetOpset(chosen.opset, DOMAINS),
-        ExternalWeights(weights),
     ):
         tidy(model)
+    # Only now, so that nothing large was folded into the graph: decay masks of every layer, say.
+    for name, tensor in program.constants.items():
+        model.graph.initializers[name].const_value = ir.tensor(tensor.numpy(), name=name)
+    ExternalWeights(weights)(model)
     model.producer_name = "tnllm-export"
     model.producer_version = None
     return model

@@ -27,20 +27,15 @@ from tnllm_export.bundle import (
     plan_weights,
 )
 from tnllm_export.errors import ExportError
-from tnllm_export.export.programs import MODEL, TracedPrograms, trace_programs
+from tnllm_export.export.graphs import WEIGHTS, export_graphs
 from tnllm_export.graphs.lowerings import LOWERINGS
-from tnllm_export.graphs.passes.external_weights import ExternalWeight
-from tnllm_export.graphs.pipeline import Program, build_graph
 from tnllm_export.models.checkpoint import Checkpoint, open_checkpoint
-from tnllm_export.models.config import TransnormerConfig
-from tnllm_export.models.decay import slope_rates
 from tnllm_export.models.modeling import Logits, parameter_dtype
 from tnllm_export.models.tokenizer import load_tokenizer
 from tnllm_export.progress import Progress, silent
 from tnllm_export.targets import TARGETS, Target
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-WEIGHTS = "weights.safetensors"
 DEFAULT_TARGET = next(target for target in TARGETS if target.name == "onnxruntime-cpu")
 
 _TOOLS = ("tnllm-export", "torch", "onnx", "onnx-ir", "onnxscript")
@@ -83,10 +78,9 @@ def export_bundle(
         form = lowering or DEFAULT_TARGET.lowerings[0]
         layout = _plan(opened, DTYPES[chosen])
         with _in_background(writer, layout, opened, progress):
-            progress("tracing programs", 0, 1)
-            traced = trace_programs(opened.config, DTYPES[chosen], logits)
-            progress("tracing programs", 1, 1)
-            graphs = _build_graphs(opened.config, traced, form, layout, progress)
+            graphs = export_graphs(
+                opened.config, dtype=chosen, lowering=form, logits=logits, layout=layout, progress=progress
+            )
         for name, graph in graphs.items():
             _write_graph(writer, name, graph)
         if opened.tokenizer_path is not None:
@@ -157,41 +151,6 @@ def _plan(checkpoint: Checkpoint, dtype: torch.dtype) -> WeightsLayout:
         TensorSpec(name, str(parameter_dtype(name, dtype)).removeprefix("torch."), info.shape)
         for name, info in checkpoint.tensors.items()
     )
-
-
-def _build_graphs(
-    config: TransnormerConfig, traced: TracedPrograms, lowering: str, layout: WeightsLayout, progress: Progress
-) -> dict[str, ir.Model]:
-    layers = range(config.decoder_layers)
-    past = [f"past_state.{layer}" for layer in layers]
-    outputs = ["logits", *(f"present_state.{layer}" for layer in layers)]
-    constants = _decay_rates(config)
-    names = {f"{MODEL}.{name}": name for name in (*layout.names, *constants)}
-    if config.tie_word_embeddings:
-        # The tracer calls the shared tensor by its last name; the file has it under the first.
-        names[f"{MODEL}.lm_head.weight"] = "model.embed_tokens.weight"
-    weights = {name: ExternalWeight(WEIGHTS, layout.offset(name), layout.nbytes(name)) for name in layout.names}
-    programs = {
-        "prefill": (traced.prefill, ["input_ids", "lengths", "positions", *past]),
-        "decode": (traced.decode, ["input_ids", "positions", *past]),
-    }
-    graphs = {}
-    for done, (name, (exported, inputs)) in enumerate(programs.items()):
-        progress("building graphs", done, len(programs), "graphs")
-        program = Program(exported, inputs, outputs, MODEL, names, constants)
-        graphs[name] = build_graph(program, lowering, weights)
-    progress("building graphs", len(programs), len(programs), "graphs")
-    return graphs
-
-
-def _decay_rates(config: TransnormerConfig) -> Mapping[str, Tensor]:
-    """The decay rates, which are in no checkpoint, by the name of the module's buffer."""
-    return {
-        f"model.layers.{layer}.token_mixer.slope_rate": slope_rates(
-            config.decay_type, layer, config.decoder_layers, config.decoder_attention_heads
-        )
-        for layer in range(config.decoder_layers)
-    }
 
 
 def _write_graph(writer: BundleWriter, name: str, graph: ir.Model) -> None:

@@ -100,20 +100,26 @@ class GatedLinearAttention(nn.Module):
         rates = slope_rates(config.decay_type, layer, config.decoder_layers, self.heads)
         self.register_buffer("slope_rate", rates, persistent=False)
 
-    def forward(self, x: Tensor, lengths: Tensor, positions: Tensor, past_state: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend over x [B, T, d] with positions [B, T], continuing past_state; return [B, T, d] and the new state."""
-        query, key, value, gate = self._project(x, positions)
-        output, present_state = lightning_attention(query, key, value, self.slope_rate, past_state, lengths)
-        return self._finish(output.flatten(2), gate), present_state
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, positions: Tensor, past_state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attend over x [B, T, d] with positions [B, T], continuing past_state; return [B, T, d] and the new state.
 
-    def step(self, x: Tensor, positions: Tensor, past_state: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend over one token, x [B, 1, d] with positions [B, 1]; return [B, 1, d] and the new state."""
+        `lengths` None means one decoded token, T = 1, by the recurrent step.
+        """
         query, key, value, gate = self._project(x, positions)
-        output, present_state = lightning_attention_step(
-            query.squeeze(1), key.squeeze(1), value.squeeze(1), self.slope_rate, past_state
-        )
-        # [B, H, V] -> [B, 1, d]
-        return self._finish(output.flatten(1).unsqueeze(1), gate), present_state
+        if lengths is None:
+            output, present_state = lightning_attention_step(
+                query.squeeze(1), key.squeeze(1), value.squeeze(1), self.slope_rate, past_state
+            )
+            # [B, H, V] -> [B, 1, d]
+            mixed = output.flatten(1).unsqueeze(1)
+        else:
+            output, present_state = lightning_attention(query, key, value, self.slope_rate, past_state, lengths)
+            # [B, T, H, V] -> [B, T, d]
+            mixed = output.flatten(2)
+        normed = self.norm(mixed)
+        return self.out_proj(normed if gate is None else gate * normed), present_state
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         gate = None
@@ -128,11 +134,6 @@ class GatedLinearAttention(nn.Module):
         if self.lrpe is not None:
             query, key = self.lrpe(query, positions), self.lrpe(key, positions)
         return query, key, value, gate
-
-    def _finish(self, output: Tensor, gate: Tensor | None) -> Tensor:
-        normed = self.norm(output)
-        projected: Tensor = self.out_proj(normed if gate is None else gate * normed)
-        return projected
 
 
 class SimpleGatedLinearUnit(nn.Module):
@@ -165,11 +166,7 @@ class TransnormerDecoderLayer(nn.Module):
         self, x: Tensor, lengths: Tensor | None, positions: Tensor, past_state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Map x [B, T, d] and the layer's state; `lengths` None means one decoded token (T = 1)."""
-        normed = self.token_norm(x)
-        if lengths is None:
-            mixed, present_state = self.token_mixer.step(normed, positions, past_state)
-        else:
-            mixed, present_state = self.token_mixer(normed, lengths, positions, past_state)
+        mixed, present_state = self.token_mixer(self.token_norm(x), lengths, positions, past_state)
         x = x + mixed
         return x + self.channel_mixer(self.channel_norm(x)), present_state
 

@@ -1,0 +1,81 @@
+"""Repeating the layers of a traced template gives the graph that tracing every layer gives."""
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from tnllm_export.bundle import TensorSpec, open_bundle, plan_weights
+from tnllm_export.export import export_bundle
+from tnllm_export.export.graphs import export_graphs
+from tnllm_export.models.checkpoint import expected_tensors
+from tnllm_export.models.config import TransnormerConfig
+from tnllm_export.models.modeling import TransnormerForCausalLM
+from tnllm_export.runtime import TorchRuntime, load_runtime
+
+
+def make_config(lrpe):
+    return TransnormerConfig(
+        vocab_size=61,
+        decoder_embed_dim=48,
+        decoder_layers=len(lrpe),
+        decoder_attention_heads=3,
+        glu_dim=80,
+        linear_use_lrpe_list=lrpe,
+        init_std=0.2,
+    )
+
+
+def description(model):
+    """Everything a graph says, but for the names of constants."""
+
+    def name(value):
+        if value is None or value.const_value is None or isinstance(value.const_value, ir.ExternalTensor):
+            return value and value.name
+        return str(value.const_value.numpy().tolist())
+
+    nodes = {
+        node.name: (
+            node.op_identifier(),
+            [name(value) for value in node.inputs],
+            [value.name for value in node.outputs],
+            {key: str(attribute.value) for key, attribute in node.attributes.items()},
+        )
+        for node in model.graph
+    }
+    external = {
+        value.name: (value.const_value.offset, value.const_value.length, str(value.dtype), str(value.shape))
+        for value in model.graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    ports = [[(value.name, str(value.shape)) for value in side] for side in (model.graph.inputs, model.graph.outputs)]
+    return nodes, external, ports, dict(model.opset_imports), set(model.functions)
+
+
+@pytest.mark.parametrize("lowering", ["plugin", "matmul"])
+def test_the_released_form_unrolls_to_what_tracing_every_layer_gives(lowering):
+    config = make_config([1, 0, 0, 0, 0])
+    layout = plan_weights(TensorSpec(name, "float32", shape) for name, shape in expected_tensors(config).items())
+    unrolled, traced = (
+        export_graphs(config, dtype="float32", lowering=lowering, logits="last", layout=layout, unroll=unroll)
+        for unroll in (True, False)
+    )
+    for program in ("prefill", "decode"):
+        assert len(traced[program].graph) > 100
+        assert description(unrolled[program]) == description(traced[program])
+
+
+@pytest.mark.parametrize("lrpe", [[0, 1, 1, 0], [1, 1, 1], [0]], ids=str)
+@torch.inference_mode()
+def test_any_order_of_layers_answers_as_the_eager_model(tmp_path, lrpe, write_checkpoint):
+    torch.manual_seed(0)
+    model = TransnormerForCausalLM(make_config(lrpe)).eval()
+    export_bundle(write_checkpoint(tmp_path / "checkpoint", model), tmp_path / "bundle")
+    runtime, truth = load_runtime(open_bundle(tmp_path / "bundle")), TorchRuntime(model)
+    ids, lengths = torch.randint(0, 61, (2, 70)), torch.tensor([70, 33], dtype=torch.int32)
+    answers = [
+        one.prefill(ids, lengths, torch.zeros(2, dtype=torch.int64), one.initial_state(2)) for one in (runtime, truth)
+    ]
+    (logits, state), (expected, expected_state) = answers
+    assert ((logits - expected).norm() / expected.norm()).item() < 1e-5
+    layers = zip(runtime.host_state(state), truth.host_state(expected_state), strict=True)
+    assert max(((a - b).norm() / b.norm()).item() for a, b in layers) < 1e-5
