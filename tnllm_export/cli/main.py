@@ -1,5 +1,7 @@
 """The entry point `tnllm`."""
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -43,4 +45,8 @@ def _options(
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        # Paths may hold bytes that are no text, and a terminal may lack characters: neither is worth a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -85,7 +85,13 @@ class Session:
         """Report an error and return the exit to raise."""
         self.progress.close()
         self.say(kind, message)
-        self.finish({"type": name, "message": " ".join(message.split()), "exit_code": exit_code})
+        try:
+            self.finish({"type": name, "message": " ".join(message.split()), "exit_code": exit_code})
+        except BrokenPipeError:
+            raise
+        except OSError:
+            # Stdout is what failed: the line on stderr has to do.
+            _forget_stdout()
         return typer.Exit(exit_code)
 
 
@@ -110,9 +116,9 @@ def session(json_output: bool) -> Iterator[Session]:
             # From within, so that a reader who goes away while the error is printed is noticed too.
             raise _exit_for(error, current) from None
     except KeyboardInterrupt:
-        current.progress.close()
-        current.say("interrupted", "nothing was left half-written")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise current.fail(
+            "interrupted", "KeyboardInterrupt", "nothing was left half-written", EXIT_INTERRUPTED
+        ) from None
     except BrokenPipeError:
         current.progress.close()
         _forget_stdout()
@@ -123,11 +129,19 @@ def _exit_for(error: Exception, current: Session) -> Exception:
     """Report an error and return what to raise instead of it."""
     name = type(error).__name__
     match error:
-        case typer.Exit() | typer.BadParameter() | BrokenPipeError():
+        case typer.BadParameter():
+            # The line on stderr, with the usage above it, is typer's.
+            current.finish({"type": name, "message": error.format_message(), "exit_code": error.exit_code})
+            return error
+        case typer.Exit() | BrokenPipeError():
             return error
         case TnllmError():
             return current.fail("error", name, str(error), error.exit_code)
-        case OSError() if error.filename is not None:
+        case OSError(filename=None):
+            # Files say their name: what has none is stdin or stdout.
+            message = f"{error.strerror or error}; check where input comes from and output goes"
+            return current.fail("error", name, message, EXIT_IO)
+        case OSError():
             message = f"{error.filename}: {error.strerror}; check the path and its permissions"
             return current.fail("error", name, message, EXIT_IO)
         case _:

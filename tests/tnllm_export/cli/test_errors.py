@@ -111,8 +111,22 @@ def test_a_bug_is_one_line_that_asks_for_a_report(tnllm, monkeypatch):
 def test_ctrl_c_exits_with_130(tnllm, monkeypatch):
     raising(monkeypatch, KeyboardInterrupt())
     result = tnllm("inspect", "x")
-    assert result.exit_code == 130
-    assert "Traceback" not in result.stderr
+    assert (result.exit_code, result.stderr) == (130, "interrupted: nothing was left half-written\n")
+    assert json.loads(tnllm("inspect", "x", "--json").stdout)["error"]["exit_code"] == 130
+
+
+def test_a_failing_stream_is_no_bug(tnllm, monkeypatch):
+    raising(monkeypatch, OSError(5, "Input/output error"))
+    result = tnllm("inspect", "x")
+    assert result.exit_code == 74
+    assert re.fullmatch(r"error: Input/output error; [^\n]+\n", result.stderr)
+
+
+def test_a_missing_prompt_is_told_in_json_too(tnllm):
+    result = tnllm("generate", "x", "--json")
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["exit_code"]) == (2, 2)
+    assert "--prompt-ids" in error["message"]
 
 
 def test_warnings_are_lines_said_once(tnllm, monkeypatch):
@@ -138,6 +152,23 @@ def test_a_real_process_reports_and_exits(tmp_path):
     version = run("--version")
     assert version.returncode == 0
     assert re.fullmatch(r"tnllm-export \d+\.\d+\.\d+\S*\n", version.stdout)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_output_to_a_full_disk_is_one_line(text_bundle, options):
+    command = [sys.executable, "-c", "from tnllm_export.cli.main import main; main()", "inspect", text_bundle.path]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, *options], stdout=full, stderr=subprocess.PIPE, timeout=120, check=False)
+    assert done.returncode == 74
+    assert re.fullmatch(rb"error: No space left on device; [^\n]+\n", done.stderr)
+
+
+def test_a_path_that_is_no_text_is_named_all_the_same():
+    failed = run("inspect", os.fsdecode(b"/none-\xff"), "--json")
+    assert failed.returncode == 21
+    assert "none-" in json.loads(failed.stdout)["error"]["message"]
+    assert failed.stderr.startswith("error: /none-")
 
 
 def test_a_reader_who_goes_away_is_no_error(text_bundle):
