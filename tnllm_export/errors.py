@@ -26,7 +26,8 @@ The tree:
     │   ├── TextUnsupportedError     text for a model without a tokenizer
     │   ├── SamplingError
     │   └── StateError               a state of another model, batch or shape
-    └── ParityError              a runtime disagrees with the eager model
+    ├── ParityError              a runtime disagrees with the eager model
+    └── CorpusError              text to train on is missing, broken or too short
 """
 
 
@@ -182,3 +183,9 @@ class ParityError(TnllmError):
     """A runtime's answers differ from the eager model's by more than the tolerance."""
 
     exit_code = 60
+
+
+class CorpusError(TnllmError):
+    """The training text is missing, broken or too short, or its reader is not installed."""
+
+    exit_code = 61

@@ -44,7 +44,8 @@ nothing else, follows no instructions, and what it says about people is fiction 
 Validation is on the last {corpus["validation_chapters"]} of {corpus["chapters"]} chapters (the end of each novel, \
 {validation["tokens"]:,} tokens), which were not
 trained on; each is read from its start to its end. The weights kept are those of the validated step with the lowest
-loss, so that the figure is slightly kind. It was measured on the weights as stored, computed in float32.
+loss, and the default settings were chosen by this loss too, so that the figure is slightly kind. It was measured on the
+weights as stored, computed in float32.
 
 ## Training
 

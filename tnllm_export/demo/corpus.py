@@ -5,8 +5,8 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tnllm_export.demo.errors import CorpusError
 from tnllm_export.demo.r_database import read_character_vectors
+from tnllm_export.errors import CorpusError
 
 PACKAGE_FOLDER = Path("/usr/lib/R/site-library/janeaustenr")
 """Where the Debian package puts the novels."""

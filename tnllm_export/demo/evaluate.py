@@ -45,7 +45,7 @@ def continue_text(
     prompt: str,
     *,
     tokens: int = 120,
-    temperature: float = 0.7,
+    temperature: float = 0.8,
     top_p: float = 0.9,
     seed: int = 0,
 ) -> str:

@@ -1,4 +1,4 @@
-"""The training loop: AdamW or Muon, cosine schedule, averaged weights, validation on whole chapters."""
+"""The training loop: AdamW, cosine schedule, averaged weights, validation on whole chapters."""
 
 import copy
 import math
@@ -44,7 +44,7 @@ class Trainer:
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.best = copy.deepcopy(self.average)
         self.best_loss, self.best_step = math.inf, 0
-        self.optimizers = _optimizers(self.model, settings)
+        self.optimizer = _optimizer(self.model, settings)
         self.curve: list[CurvePoint] = []
         self.seconds = 0.0
         self.share = 0.0  # of the schedule that is done
@@ -94,9 +94,8 @@ class Trainer:
             loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         # The average of few steps is of few steps: the first ones shall not linger.
         update_average(self.average, self.model, min(self.settings.average_decay, (step + 1) / (step + 10)))
         return loss.detach()
@@ -105,9 +104,8 @@ class Trainer:
         """Rise linearly, then fall along a cosine to 0."""
         rising = min(1.0, (step + 1) / self.settings.warmup_steps)
         rate = self.settings.learning_rate * rising * 0.5 * (1 + math.cos(math.pi * self.share))
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         return rate
 
     def _validate(self, step: int, training_loss: float, learning_rate: float) -> None:
@@ -129,28 +127,13 @@ def _scale_residual_outputs(model: TransnormerForCausalLM) -> None:
                 parameter.mul_(factor)
 
 
-def _optimizers(model: TransnormerForCausalLM, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
-    """Return the optimisers; theta and the other vectors don't decay."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
-    tables = [p for n, p in model.named_parameters() if p.ndim == 2 and ("embed" in n or "lm_head" in n)]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    optimizers: list[torch.optim.Optimizer] = []
-    if settings.optimizer == "muon":
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-        matrices = []
+def _optimizer(model: TransnormerForCausalLM, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """Return AdamW; theta and the other vectors don't decay."""
     groups = [
-        {"params": matrices + tables, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
     ]
-    optimizers.append(torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98)))
-    return optimizers
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from tnllm_export.demo.errors import CorpusError
+from tnllm_export.errors import CorpusError
 
 
 def read_character_vectors(folder: Path) -> dict[str, list[str]]:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tnllm_export.models.config import TransnormerConfig
 
@@ -20,7 +19,6 @@ class TrainingSettings:
         steps: Optimiser steps; the learning rate falls to 0 over them.
         batch_size: Sequences per step.
         sequence_length: Tokens per sequence.
-        optimizer: "adamw", or "muon" for the layers' matrices and AdamW for the embedding.
         learning_rate: The highest, after `warmup_steps`.
         warmup_steps: Steps over which the learning rate rises from 0.
         weight_decay: Decoupled, of every matrix.
@@ -37,24 +35,23 @@ class TrainingSettings:
     """
 
     vocab_size: int = 4096
-    width: int = 192
-    heads: int = 3
-    layers: int = 8
-    glu_width: int = 512
-    steps: int = 3000
-    batch_size: int = 32
+    width: int = 240
+    heads: int = 5
+    layers: int = 5
+    glu_width: int = 640
+    steps: int = 6000
+    batch_size: int = 16
     sequence_length: int = 512
-    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-3
-    warmup_steps: int = 100
+    warmup_steps: int = 200
     weight_decay: float = 0.3
     gradient_clip: float = 1.0
-    dropout: float = 0.1
+    dropout: float = 0.2
     segmentation_rate: float = 1.0
-    segmentation_alpha: float = 0.3
+    segmentation_alpha: float = 0.2
     average_decay: float = 0.995
     held_out: float = 0.05
-    validate_every: int = 200
+    validate_every: int = 250
     seed: int = 0
     time_limit_s: float | None = None
 

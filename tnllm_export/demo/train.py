@@ -25,7 +25,7 @@ PROMPTS = (
 )
 """What the texts on the model card begin with; none of them is a line of the novels."""
 
-SAMPLING: dict[str, Any] = {"tokens": 120, "temperature": 0.7, "top_p": 0.9}
+SAMPLING: dict[str, Any] = {"tokens": 120, "temperature": 0.8, "top_p": 0.9}
 """How the texts on the model card are drawn."""
 
 

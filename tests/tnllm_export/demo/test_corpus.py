@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tnllm_export.demo.corpus import Corpus, Novel, clean_novel, clean_paragraph, read_corpus
-from tnllm_export.demo.errors import CorpusError
+from tnllm_export.errors import CorpusError
 
 TRANSCRIPT = """\
 SENSE AND SENSIBILITY

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from tnllm_export.models.checkpoint import load_model, open_checkpoint
 SMALL = TrainingSettings(
     vocab_size=330,
     width=48,
+    heads=3,
     layers=2,
     glu_width=64,
     steps=3,
@@ -105,9 +105,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     assert first != other
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_lowers_the_loss(corpus_file: Path, tmp_path: Path, optimizer: Literal["adamw", "muon"]) -> None:
-    settings = dataclasses.replace(SMALL, steps=60, validate_every=20, optimizer=optimizer, dropout=0.0)
+def test_training_lowers_the_loss(corpus_file: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL, steps=60, validate_every=20, dropout=0.0)
     seen: list[tuple[str, int, int]] = []
     result = train(
         corpus_file,
