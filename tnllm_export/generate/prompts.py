@@ -21,7 +21,8 @@ def encode_prompts(
 
     Raises:
         TextUnsupportedError: Text without a tokenizer.
-        PromptError: No prompt, a token id that is no integer or outside the vocabulary, or more than `limit` tokens.
+        PromptError: No prompt, text that is no Unicode, a token id that is no integer or outside the vocabulary, or
+            more than `limit` tokens.
     """
     if not isinstance(prompts, str) and len(prompts) == 0:
         raise PromptError("no prompt given; expected text or token ids, at least one token")
@@ -34,6 +35,11 @@ def _encode(name: str, prompt: object, tokenizer: Tokenizer | None, vocab_size: 
     if isinstance(prompt, str):
         if tokenizer is None:
             raise TextUnsupportedError(f"{name} is text, but the model has no tokenizer; give token ids instead")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            # Bytes that are no UTF-8 come from a shell or from stdin as lone surrogates.
+            raise PromptError(f"{name} is no UTF-8 text at character {error.start}; convert it to UTF-8") from error
         ids = tokenizer.encode(prompt)
     else:
         try:

@@ -50,6 +50,7 @@ def test_prompts_are_text_or_token_ids_one_or_several(
         ("", PromptError, "prompt 0 is empty; expected at least one token"),
         (["a", []], PromptError, "prompt 1 is empty"),
         ([], PromptError, "no prompt given"),
+        ("ab\udcff", PromptError, "prompt 0 is no UTF-8 text at character 2; convert it"),
         ("123456789", PromptError, "prompt 0 has 9 tokens; expected at most 8"),
         ([1, 259], PromptError, "prompt 0: token id 259 at 1 is outside the vocabulary; expected 0 … 258"),
         ([[1], [2, -1]], PromptError, "prompt 1: token id -1 at 1"),
