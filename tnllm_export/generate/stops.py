@@ -11,10 +11,11 @@ class StopMatcher:
     def push(self, piece: str) -> tuple[str, bool]:
         """Take more text; return what can be shown, and whether a stop string was found (nothing follows then)."""
         text = self._held + piece
-        starts = [start for start in (text.find(stop) for stop in self._stops) if start >= 0]
-        if starts:
+        # The one that is complete first counts, so that the cuts between pieces don't matter.
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
             self._held = ""
-            return text[: min(starts)], True
+            return text[: min(found)[1]], True
         keep = self._possible_beginning(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
