@@ -67,8 +67,8 @@ def _choose(logits: Tensor, seen: Tensor | None, params: SamplingParams, rng: to
         logits = penalise_repetition(logits, seen[None], params.repetition_penalty)
     if params.temperature == 0:
         return int(logits.argmax(dim=-1))
-    # A tiny temperature would overflow float32.
-    logits = logits.double() / params.temperature
+    # A tiny temperature would overflow: float32 easily, and float64 too where the largest logit is not 0.
+    logits = (logits.double() - logits.max()) / params.temperature
     if params.top_k:
         logits = keep_top_k(logits, params.top_k)
     if params.top_p < 1:
