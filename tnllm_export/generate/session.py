@@ -93,7 +93,7 @@ def load_state(path: Path | str, runtime: Runtime) -> Session:
         return _session(metadata, tensors, runtime.info)
     except StateError as error:
         raise StateError(f"{path}: {error}") from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise StateError(f"{path}: incomplete state file ({error!r}); write it again with save_state") from error
 
 

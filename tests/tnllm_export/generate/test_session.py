@@ -138,6 +138,8 @@ def test_a_truncated_file_is_refused(path: Path, torch_runtime: TorchRuntime, si
         (lambda path: rewrite(path, {"schema_version": "2"}), "schema version is 2; expected 1"),
         (lambda path: rewrite(path, {"position": "9"}), "position is 9; expected 3"),
         (lambda path: rewrite(path, {"config": "{"}), "incomplete state file"),
+        (lambda path: rewrite(path, {"config": "[]"}), "incomplete state file"),
+        (lambda path: rewrite(path, token_ids=torch.tensor(3)), "incomplete state file"),
         (lambda path: rewrite(path, drop="state.1"), "incomplete state file (KeyError('state.1'))"),
         (lambda path: rewrite(path, drop="rng"), "incomplete state file"),
         (lambda path: rewrite(path, **{"state.1": torch.zeros(1, 3, 16, 8)}), "layer 1 has shape [1, 3, 16, 8]"),
