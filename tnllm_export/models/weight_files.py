@@ -194,7 +194,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain_tensor(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        return False
+    return value.device.type == "cpu"  # and not "meta": a shape without values
 
 
 def release_pages(mapped: Tensor) -> None:

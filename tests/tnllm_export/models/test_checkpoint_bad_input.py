@@ -180,6 +180,11 @@ def test_a_training_checkpoint_around_the_state_dict(folder: Path, weights: dict
     refused(folder, WeightsMismatchError, "pytorch_model.bin", "model, step", "state_dict()")
 
 
+def test_a_bin_of_shapes_without_values(folder: Path, weights: dict[str, Tensor]) -> None:
+    torch.save({name: tensor.to("meta") for name, tensor in weights.items()}, folder / "pytorch_model.bin")
+    refused(folder, WeightsMismatchError, "no plain tensors", EMBEDDING)
+
+
 def test_an_index_that_names_an_absent_shard(folder: Path, weights: dict[str, Tensor]) -> None:
     save_file(weights, folder / "one.safetensors")
     weight_map = dict.fromkeys(weights, "one.safetensors") | {PROJECTION: "two.safetensors"}
