@@ -47,4 +47,4 @@ def _others(dtype: str, lowering: str | None) -> str:
 
 def weights_id(bundle: Bundle) -> str:
     """Return what tells this bundle's weights from all others: the checksum of `weights.safetensors`."""
-    return bundle.manifest.files[bundle.weights_path.name].sha256
+    return bundle.manifest.files[bundle.manifest.weights].sha256

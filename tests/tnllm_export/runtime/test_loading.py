@@ -21,6 +21,7 @@ from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime import Runtime, TorchRuntime, load_runtime
 from tnllm_export.runtime.onnxruntime import OnnxRuntime
+from tnllm_export.runtime.support import weights_id
 from tnllm_export.runtime.torch import model_over
 from tnllm_export.targets import TARGETS
 
@@ -70,6 +71,12 @@ def test_info_says_what_is_loaded(bundle: Bundle, name: str) -> None:
     assert (info.name, info.device, info.dtype, info.logits) == (name, "cpu", "float32", "last")
     assert info.config == bundle.manifest.config
     assert info.weights_id == bundle.manifest.files["weights.safetensors"].sha256
+
+
+def test_weights_are_known_by_their_checksum_in_whatever_folder_of_the_bundle(bundle: Bundle) -> None:
+    [record] = [record for name, record in bundle.manifest.files.items() if name == bundle.manifest.weights]
+    moved = changed(bundle, weights="parts/weights.safetensors", files={"parts/weights.safetensors": record})
+    assert weights_id(moved) == record.sha256
 
 
 def test_logits_of_all_tokens_end_with_those_of_the_last(model: TransnormerForCausalLM) -> None:
