@@ -179,7 +179,8 @@ def _read_graph(path: Path) -> GraphInfo:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        # Whatever its name: onnx would parse a file called .json or .txt as something else.
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except DecodeError as error:
         raise BundleCorruptError(f"{path}: no ONNX file ({error}); expected one that an exporter wrote") from error
     if not model.HasField("graph") or not model.opset_import:

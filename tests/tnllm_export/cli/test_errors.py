@@ -32,6 +32,7 @@ CASES = {
     "sampling": (("generate", "{bundle}", "--prompt", "x", "--top-p", "2"), 53, "top_p is 2.0"),
     "state file": (("generate", "{bundle}", "--load-state", "{binary}"), 54, "not a readable state file"),
     "graph": (("inspect", "{binary}"), 23, "no ONNX file"),
+    "graph by another name": (("inspect", "{checkpoint}/config.json"), 23, "no ONNX file"),
     "nothing to inspect": (("inspect", "{tmp}/none.onnx"), 21, "no such file"),
     "short text": (("verify", "{bundle}", "--text-file", "{short}"), 51, "expected at least 8"),
 }
