@@ -171,7 +171,7 @@ def _check_place(path: Path, overwrite: bool) -> None:
 
 def _foreign_files(path: Path) -> list[str]:
     """List what someone else has put into a bundle's folder, even if the manifest can no longer be trusted."""
-    listed = json.loads((path / MANIFEST).read_bytes()).get("files", {})
+    listed = json.loads((path / MANIFEST).read_bytes()).get("files") or {}
     found = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
     return [
         name

@@ -136,7 +136,7 @@ def load_config(folder: Path) -> tuple[TransnormerConfig, list[str]]:
     try:
         config = TransnormerConfig.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe_validation_error(error)}") from error
+        raise ConfigError(f"{path}: {describe_validation_error(error)}; correct the file") from error
     known = set(TransnormerConfig.model_fields) | _KNOWN_UNUSED
     return config, sorted(name for name in fields if name not in known)
 
