@@ -4,6 +4,7 @@ Optional runtimes, ONNX and matplotlib are imported when a function needs them, 
 """
 # ruff: noqa: PLC0415 - importing this module must stay quick
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +98,8 @@ def export(
 ) -> Bundle:
     """Export a checkpoint folder as a bundle: two ONNX graphs, the weights once, tokenizer and manifest.
 
+    A checkpoint without a tokenizer exports too, with a TnllmWarning.
+
     Args:
         checkpoint: Hugging Face style folder.
         output: Where the bundle shall be; it appears there all at once.
@@ -115,7 +118,7 @@ def export(
     """
     from tnllm_export.export import export_bundle
 
-    return export_bundle(
+    bundle = export_bundle(
         Path(checkpoint),
         Path(output),
         dtype=dtype,
@@ -124,6 +127,13 @@ def export(
         overwrite=overwrite,
         progress=progress,
     )
+    if bundle.tokenizer_path is None:
+        warnings.warn(
+            f"{checkpoint}: no tokenizer.model or tokenizer.json; the bundle takes token ids (--prompt-ids), no text",
+            TnllmWarning,
+            stacklevel=2,
+        )
+    return bundle
 
 
 def verify(

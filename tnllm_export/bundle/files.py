@@ -26,6 +26,7 @@ _FINDINGS = {
     errno.EACCES: ("no permission to write", "choose another path or change the folder's permissions"),
     errno.EPERM: ("no permission to write", "choose another path or change the folder's permissions"),
     errno.EROFS: ("the file system is read-only", "choose another path"),
+    errno.EEXIST: ("a part of the path is a file, not a folder", "choose another path"),
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "choose another path"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
 }
