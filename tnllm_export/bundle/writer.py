@@ -32,7 +32,8 @@ class BundleWriter:
     """Writes one bundle; used as a context manager, which leaves nothing behind unless `commit` has returned.
 
     All is written to `.NAME.partial-PID-RANDOM` beside the bundle's place. That folder is locked while its writer
-    lives, so the next export to the same place can tell what a killed one has left behind, and removes it.
+    lives, so the next export to the same place can tell what a killed one has left behind, and removes it. Where a
+    file system locks no folders (NFS), nothing can be told and what was left behind stays.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
@@ -48,6 +49,7 @@ class BundleWriter:
         self.path = path.resolve()
         self._overwrite = overwrite
         self._files: dict[str, FileRecord] = {}
+        self._lock: int | None = None
         _check_place(self.path, overwrite)
 
     def __enter__(self) -> Self:
@@ -58,13 +60,19 @@ class BundleWriter:
             _check_place(self.path, self._overwrite)  # again: a lost bundle may be back
             self._partial = _sibling(self.path, "partial")
             self._partial.mkdir()
-            self._lock = _lock(self._partial)
+            try:
+                self._lock = _lock(self._partial)
+            except BlockingIOError:
+                raise
+            except OSError:
+                self._lock = None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
         shutil.rmtree(self._partial, ignore_errors=True)
 
     @property

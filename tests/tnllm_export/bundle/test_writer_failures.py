@@ -128,6 +128,20 @@ def test_an_export_that_still_runs_is_left_alone(
     assert names[0].startswith(f".b.partial-{half_way.pid}-")
 
 
+def test_without_locks_bundles_are_written_and_nothing_is_taken_for_abandoned(
+    place: Path, write_bundle: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        # What NFS answers for a folder.
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    leftover = place / ".b.partial-1-abcd0123"
+    leftover.mkdir()
+    assert open_bundle(write_bundle(place / "b").path)
+    assert sorted(path.name for path in place.iterdir()) == [leftover.name, "b"]
+
+
 def test_a_bundle_that_lost_its_place_is_put_back(place: Path, write_bundle: Write) -> None:
     # What a kill between an overwrite's two renames leaves.
     old = write_bundle(place / "b")
