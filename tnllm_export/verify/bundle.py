@@ -1,13 +1,14 @@
 """Verify a bundle: run its graphs and the eager model on the same inputs, and keep the report in it."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 import torch
 
 from tnllm_export.bundle import DTYPES, Bundle, open_bundle
-from tnllm_export.errors import TextUnsupportedError, UnsupportedTargetError
+from tnllm_export.errors import TextUnsupportedError, UnsupportedTargetError, WriteError
 from tnllm_export.models.checkpoint import load_model, open_checkpoint
 from tnllm_export.models.tokenizer import load_tokenizer
 from tnllm_export.progress import Progress, silent
@@ -60,10 +61,16 @@ def verify_bundle(
         BundleError: No sound bundle.
         RuntimeTargetError: The runtime can't run it.
         TextUnsupportedError: `text` for a bundle without a tokenizer.
+        WriteError: The report can't be written into the bundle.
         ParityError: The answers can't be compared at all.
     """
     started = time.monotonic()
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), progress=progress)
+    if save and not os.access(bundle.path, os.W_OK):
+        raise WriteError(
+            f"{bundle.path}: no permission to write the report into the bundle; verify without saving it (--no-save), "
+            "or change the folder's permissions"
+        )
     seed = fresh_seed() if seed is None else seed
     ids, source = _text_ids(bundle, text)
 

@@ -357,6 +357,15 @@ def test_bad_bundles_and_requests_are_refused_and_nothing_changes(tnllm, bundle,
     assert snapshot(tmp_path) == before
 
 
+def test_a_bundle_that_can_not_take_its_report_is_told_before_the_work(tnllm, bundle, tmp_path, monkeypatch):
+    # Not by permissions: they don't hold for root.
+    allowed = os.access
+    monkeypatch.setattr("os.access", lambda path, mode, **more: mode != os.W_OK and allowed(path, mode, **more))
+    before = snapshot(tmp_path)
+    check(tnllm("verify", bundle), 31, ("bundle: no permission", "--no-save"))
+    assert snapshot(tmp_path) == before
+
+
 def reshape_state(path):
     with safe_open(path, framework="pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
