@@ -44,7 +44,7 @@ class TransnormerConfig(BaseModel):
         init_std: Standard deviation of freshly initialised weights.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     vocab_size: int = Field(gt=0)
     decoder_embed_dim: int = Field(gt=0)
