@@ -1,5 +1,6 @@
 """What the README, the docs and the examples give people to copy runs on the demo checkpoint, and does as they say."""
 
+import ast
 import contextlib
 import io
 import re
@@ -97,7 +98,7 @@ def test_streaming_prints_each_token_and_both_texts(run_example, bundle: Bundle)
     texts = dict(re.findall(r"^([01]) ended \((?:length|eos)\): (.*)", lines, re.MULTILINE))
     assert texts["0"].startswith("Elizabeth had never in her life")
     assert texts["1"].startswith("The next morning")
-    first_words = "".join(eval(piece) for index, _, piece in events if index == "0")[:20]
+    first_words = "".join(ast.literal_eval(piece) for index, _, piece in events if index == "0")[:20]
     assert first_words.strip()
     assert texts["0"].startswith("Elizabeth had never in her life" + first_words.splitlines()[0])
 
