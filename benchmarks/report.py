@@ -75,6 +75,9 @@ def constant_cost_peer(records: list[Record]) -> str:
 def _scale_table(records: list[Record]) -> str:
     rows = []
     for record in records:
+        if record.unit == "1":
+            rows.append([record.case, record.metric, f"{record.value:.1e}", "", f"at most {record.floor:.0e}"])
+            continue
         if record.peer_value:
             rest = f"{record.value / record.peer_value:.2f} times {record.peer} ({record.peer_value:.1f} s)"
             limit = f"at most {scale.TIME_LIMIT:.0f} times"

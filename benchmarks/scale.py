@@ -20,13 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.records import Record
+from tnllm_export.export import export_bundle
 from tnllm_export.models.checkpoint import expected_tensors
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.progress import Progress, silent
+from tnllm_export.runtime import Runtime, load_runtime
 
 NAME = "scale"
 MEMORY_LIMIT = 4 * 2**30
 TIME_LIMIT = 4.0
+AGREEMENT_LIMIT = 1e-4
 
 SHAPES = {
     "1B": {"decoder_embed_dim": 2048, "decoder_layers": 16, "decoder_attention_heads": 16, "glu_dim": 5632},
@@ -45,9 +48,9 @@ print(json.dumps({"seconds": time.perf_counter() - start,
 
 
 def run(progress: Progress = silent, rounds: int = 3) -> list[Record]:
-    """Measure both sizes, as `.bin` shards and as safetensors shards."""
-    records = []
+    """Measure both sizes, as `.bin` shards and as safetensors shards, and run the smaller one."""
     with tempfile.TemporaryDirectory(prefix="tnllm-scale-", dir=os.environ.get("TNLLM_BENCH_DIR")) as folder:
+        records = _measure_agreement(Path(folder), progress)
         for size in SHAPES:
             for kind in ("bin", "safetensors"):
                 records += _measure(size, kind, Path(folder), rounds, progress)
@@ -124,6 +127,40 @@ def _measure(size: str, kind: str, folder: Path, rounds: int, progress: Progress
                peer="copy of the files, fsync included", peer_value=copy_seconds),
         Record(NAME, case, "peak resident memory", "GiB", max(peaks) / 2**30, floor=MEMORY_LIMIT / 2**30),
     ]  # fmt: skip
+
+
+def _measure_agreement(folder: Path, progress: Progress) -> list[Record]:
+    """Prefill 128 tokens and decode 16 with a float32 bundle on ONNX Runtime, beside the eager model."""
+    case = "1B, float32, ONNX Runtime CPU against eager"
+    checkpoint = folder / "checkpoint"
+    make_checkpoint(checkpoint, "1B", "bin")
+    progress(case, 0, 3, "steps")
+    bundle = export_bundle(checkpoint, folder / "bundle", dtype="float32")
+    shutil.rmtree(checkpoint)
+    answers = []
+    for done, name in enumerate(("onnxruntime", "torch"), start=1):
+        progress(case, done, 3, "steps")
+        answers.append(_answer(load_runtime(bundle, name)))
+    progress(case, 3, 3, "steps")
+    shutil.rmtree(bundle.path)
+    return [
+        Record(NAME, case, f"relative error, {what}", "1", ((found - expected).norm() / expected.norm()).item(),
+               floor=AGREEMENT_LIMIT)
+        for what, found, expected in zip(("logits after prefill of 128", "logits of 16 decoded tokens", "final states"),
+                                         *answers, strict=True)
+    ]  # fmt: skip
+
+
+def _answer(runtime: Runtime) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits after a prefill of 128 tokens, logits of 16 decoded ones, and all states at the end."""
+    ids = torch.randint(3, runtime.info.config.vocab_size, (1, 144), generator=torch.Generator().manual_seed(0))
+    start, lengths = torch.zeros(1, dtype=torch.int64), torch.tensor([128], dtype=torch.int32)
+    first, state = runtime.prefill(ids[:, :128], lengths, start, runtime.initial_state(1))
+    decoded = []
+    for position in range(128, 144):
+        logits, state = runtime.decode(ids[:, position : position + 1], torch.tensor([position]), state)
+        decoded.append(logits)
+    return first, torch.stack(decoded), torch.cat([layer.flatten() for layer in runtime.host_state(state)])
 
 
 def _random_weights(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:

@@ -21,7 +21,7 @@ from onnxscript.values import Opset
 
 from tnllm_export.graphs.lowerings.functions import add_functions
 from tnllm_export.kernels.contract import CHUNK_SIZE, NAMESPACE, OPSET_VERSION
-from tnllm_export.kernels.lightning_attention.step import SLOW_RATE
+from tnllm_export.kernels.lightning_attention.step import DITHER, DITHER_FREQUENCY, SLOW_RATE
 
 _C = CHUNK_SIZE
 _ROW = np.arange(_C)
@@ -141,9 +141,15 @@ def LightningAttentionStep(query, key, value, slope_rate, past_state):  # noqa: 
     slow = op.Less(rate, op.Constant(value_float=SLOW_RATE))
     change = op.Where(slow, expm1, op.Exp(op.Neg(rate)))
     keep = op.Cast(slow, to=1)
+    # The change is dithered below the last place of the state, so that it is not rounded away.  [B, H, 1, V]
+    v = op.Unsqueeze(op.Cast(value, to=1), [2])
+    turns = op.Add(op.Mul(v, op.Constant(value_float=DITHER_FREQUENCY)), op.Constant(value_float=0.5))
+    fraction = op.Sub(turns, op.Floor(turns))
+    spread = op.Mul(keep, op.Constant(value_float=2 * DITHER))
+    dithered = op.Add(change, op.Mul(spread, op.Sub(fraction, op.Constant(value_float=0.5))))
     # [B, H, K, 1] * [B, H, 1, V] -> [B, H, K, V]
-    update = op.Mul(op.Unsqueeze(op.Cast(key, to=1), [3]), op.Unsqueeze(op.Cast(value, to=1), [2]))
-    present_state = op.Add(op.Mul(keep, past_state), op.Add(op.Mul(change, past_state), update))
+    update = op.Mul(op.Unsqueeze(op.Cast(key, to=1), [3]), v)
+    present_state = op.Add(op.Mul(keep, past_state), op.Add(op.Mul(dithered, past_state), update))
     row = op.MatMul(op.Unsqueeze(op.Cast(query, to=1), [2]), present_state)
     output = op.CastLike(op.Squeeze(row, [2]), query)
     return output, present_state
