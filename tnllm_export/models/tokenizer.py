@@ -145,6 +145,9 @@ def _load_json(path: Path) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(f"{path}: not a tokenizers file ({_one_line(error)}); {_REMEDY}") from error
+    # A file may carry what training batches needed; a prompt must come whole, and alone.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     special = frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
 
     def encode(text: str) -> list[int]:

@@ -112,6 +112,16 @@ def test_text_survives_encoding_and_decoding(all_tokenizers: dict[str, Tokenizer
     assert tokenizer.decode(ids) == text
 
 
+def test_prompts_are_neither_cut_nor_filled_up(tmp_path: Path) -> None:
+    tokenizer = train_tokenizers(byte_level=True)
+    whole = tokenizer.encode(TEXTS[0]).ids
+    tokenizer.enable_truncation(max_length=2)
+    tokenizer.enable_padding(length=50, pad_id=0, pad_token="<pad>")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(whole) > 2
+    assert load_tokenizer(tmp_path / "tokenizer.json", VOCAB_SIZE).encode(TEXTS[0]) == whole
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_control_tokens_have_no_text(all_tokenizers: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = all_tokenizers[kind]
