@@ -14,7 +14,7 @@ demo: $(RUNTIME)  ## Export the demo checkpoint, verify it and let it continue a
 	$(BIN)/tnllm demo --output demo-bundle --overwrite
 
 test: $(DEV)  ## Run all tests, with coverage
-	$(BIN)/pytest -n 2 --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term
 
 lint: $(DEV)  ## Check style, types and import rules
 	$(BIN)/ruff check .
