@@ -36,7 +36,7 @@ def lightning_attention_blocked(
     if T == 0:
         return torch.empty_like(value, memory_format=torch.contiguous_format), past_state.contiguous().clone()
     q, k, v = _chunked(query, None), _chunked(key, lengths), _chunked(value, lengths)
-    decays = _decays(slope_rate, lengths, q.shape[2])
+    decays = _decays(slope_rate, lengths.clamp(max=T), q.shape[2])
     states, present_state = _scan_states(k, v, decays, past_state)
     scores = (q @ k.mT) * decays.intra[:, None]
     output = _unchunked(scores @ v + decays.query * (q @ states), T)
@@ -68,7 +68,7 @@ def lightning_attention_blocked_backward(
     q, k, v = _chunked(query, None), _chunked(key, lengths), _chunked(value, lengths)
     do = _chunked(grad_output, lengths)
     N, C = q.shape[2:4]
-    decays = _decays(slope_rate, lengths, N)
+    decays = _decays(slope_rate, lengths.clamp(max=T), N)
     M = decays.intra[:, None]
     states, present_state = _scan_states(k, v, decays, past_state)
 

@@ -65,6 +65,13 @@ def test_a_row_without_tokens_keeps_its_state(chunk_inputs):
     assert not torch.equal(state[1], past_state[1])
 
 
+def test_lengths_beyond_the_end_mean_all_tokens(chunk_inputs):
+    *inputs, _ = chunk_inputs(2, 65, 2, 16, 16)
+    full, beyond = (torch.tensor(lengths, dtype=torch.int32) for lengths in ([65, 65], [66, 500]))
+    for found, expected in zip(lightning_attention(*inputs, beyond), lightning_attention(*inputs, full), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_no_tokens_at_all_is_allowed(chunk_inputs):
     inputs = chunk_inputs(2, 0, 2, 16, 32)
     output, state = lightning_attention(*inputs)
