@@ -10,7 +10,11 @@ from tnllm_export.generate.params import SamplingParams
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Divide positive and multiply negative logits by `penalty` where `seen` [B, vocab] is true."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    limits = torch.finfo(logits.dtype)
+    wide = logits.double()
+    # Finite whatever the penalty: of two infinities no probabilities could be made.
+    penalised = torch.where(wide > 0, wide / penalty, wide * penalty).clamp(limits.min, limits.max)
+    return torch.where(seen, penalised.to(logits.dtype), logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

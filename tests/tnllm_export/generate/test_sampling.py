@@ -107,6 +107,13 @@ def test_the_penalty_works_on_greedy_choice() -> None:
     assert choose(row, SamplingParams(repetition_penalty=1.5), 1, seen) == [1]
 
 
+def test_any_penalty_leaves_something_to_draw() -> None:
+    row, everything = logits(rows=1)[0], torch.ones(logits().shape[1], dtype=torch.bool)
+    for penalty in (1e-300, 1e-42, 1e42, 1e300):
+        params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=penalty)
+        assert all(0 <= token < len(row) for token in choose(row, params, 5, everything))
+
+
 def test_each_row_draws_from_its_own_generator() -> None:
     rows = logits()
     params = [SamplingParams(temperature=1.0, seed=seed) for seed in (4, 5, 6)]
