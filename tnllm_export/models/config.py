@@ -48,7 +48,7 @@ class TransnormerConfig(BaseModel):
 
     vocab_size: int = Field(gt=0)
     decoder_embed_dim: int = Field(gt=0)
-    decoder_layers: int = Field(gt=0)
+    decoder_layers: int = Field(gt=0, strict=True)
     decoder_attention_heads: int = Field(gt=0)
     glu_dim: int = Field(gt=0)
     hidden_dim: int | None = None

@@ -97,6 +97,7 @@ def test_broken_json_is_named_in_one_line(tmp_path: Path, text: str) -> None:
         ({"vocab_size": 0}, ["vocab_size", "0"]),
         ({"vocab_size": "many"}, ["vocab_size", "many"]),
         ({"decoder_layers": 0}, ["decoder_layers", "0"]),
+        ({"decoder_layers": "3"}, ["decoder_layers", "integer", "'3'"]),
         ({"bias": True}, ["bias"]),
         ({"eos_token_id": 97}, ["eos_token_id 97", "97"]),
         ({"model_type": "llama"}, ["llama", "transnormer"]),
