@@ -144,6 +144,7 @@ def _onnx_runtime(lowering: str, heads: int, width: int) -> Step:
     SetOpset(LOWERINGS[lowering].opset, DOMAINS)(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = 1  # the tensors are small: handing them around costs more than computing
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
 
     def step(query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:

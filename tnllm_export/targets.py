@@ -24,8 +24,8 @@ class Target:
     max_opset: int | None = None
 
 
-# ONNX Runtime's own LinearAttention is about as fast, but rounds exp(-s) to float32 at every token: after 32k tokens the
-# slowest heads are off by some 5e-4, where the matrix products stay below 1e-5 (docs/parity.md).
+# ONNX Runtime's own LinearAttention is about as fast, but rounds exp(-s) to float32 at every token: after 32k tokens
+# the slowest heads are off by some 5e-4, where the matrix products stay below 1e-5 (docs/parity.md).
 TARGETS: tuple[Target, ...] = (
     Target("torch-cpu", "torch", "cpu", ("float32", "float16", "bfloat16"), ()),
     Target(

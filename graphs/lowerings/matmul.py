@@ -46,7 +46,7 @@ def LightningAttention(query, key, value, slope_rate, past_state, lengths):  # n
     rate = op.Reshape(slope_rate, op.Constant(value_ints=[-1, 1, 1, 1]))  # [H, 1, 1, 1]
 
     # Padding changes nothing: its keys and values are 0.  [B, T, 1, 1]
-    counts = op.Cast(lengths, to=7)
+    counts = op.Min(op.Cast(lengths, to=7), tokens)
     index = op.Range(zero_scalar, op.Squeeze(tokens), one_scalar)
     valid = op.Less(op.Unsqueeze(index, [0, 2, 3]), op.Unsqueeze(counts, [1, 2, 3]))
     nothing = op.Constant(value_float=0.0)

@@ -74,7 +74,7 @@ def _layer_kinds(config: TransnormerConfig) -> tuple[int, ...]:
 
     The first layer is a kind of its own because it computes what all share, a mask of the padding say.
     """
-    first, *others = config.linear_use_lrpe_list
+    others = config.linear_use_lrpe_list[1:]
     kinds = {flag: kind for kind, flag in enumerate(dict.fromkeys(others), start=1)}
     return (0, *(kinds[flag] for flag in others))
 

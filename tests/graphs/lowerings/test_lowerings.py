@@ -137,6 +137,17 @@ def test_padding_is_harmless_even_where_it_is_not_finite(lowering):
     assert not output[1, 3:].any()
 
 
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_lengths_beyond_the_end_mean_all_tokens(lowering):
+    feeds = draw(2, 70, "float32")
+    feeds["lengths"] = np.array([70, 70], np.int32)
+    model = lowered(LIGHTNING_ATTENTION, lowering)
+    expected = run(model, lowering, feeds)
+    feeds["lengths"] = np.array([71, 1000], np.int32)
+    for found, reference in zip(run(model, lowering, feeds), expected, strict=True):
+        assert np.array_equal(found, reference)
+
+
 def test_matmul_has_neither_loop_nor_scan_nor_ops_of_other_domains():
     for contract in (LIGHTNING_ATTENTION, LIGHTNING_ATTENTION_STEP):
         model = lowered(contract, "matmul")
