@@ -77,9 +77,9 @@ def export_bundle(
         chosen = dtype or _default_dtype(opened, DEFAULT_TARGET)
         form = lowering or DEFAULT_TARGET.lowerings[0]
         layout = _plan(opened, DTYPES[chosen])
-        with _in_background(writer, layout, opened, progress):
+        with _writing_weights(writer, layout, opened, progress) as watched:
             graphs = export_graphs(
-                opened.config, dtype=chosen, lowering=form, logits=logits, layout=layout, progress=progress
+                opened.config, dtype=chosen, lowering=form, logits=logits, layout=layout, progress=watched
             )
         for name, graph in graphs.items():
             _write_graph(writer, name, graph)
@@ -104,10 +104,13 @@ def export_bundle(
 
 
 @contextlib.contextmanager
-def _in_background(
+def _writing_weights(
     writer: BundleWriter, layout: WeightsLayout, checkpoint: Checkpoint, progress: Progress
-) -> Iterator[None]:
-    """Write the weights while the body makes the graphs: one waits for the disk, the other for the interpreter."""
+) -> Iterator[Progress]:
+    """Write the weights while the body makes the graphs: one waits for the disk, the other for the interpreter.
+
+    Yields a progress for the body that raises what has gone wrong with the weights meanwhile.
+    """
     stop = threading.Event()
 
     def weights() -> Iterator[tuple[str, Tensor]]:
@@ -118,8 +121,14 @@ def _in_background(
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         written = pool.submit(writer.write_weights, layout, weights(), progress)
+
+        def watched(stage: str, done: int, total: int, unit: str = "") -> None:
+            if written.done():
+                written.result()
+            progress(stage, done, total, unit)
+
         try:
-            yield
+            yield watched
         except BaseException:
             stop.set()  # what the writer then says of missing tensors is of no interest
             raise
