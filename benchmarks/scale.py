@@ -37,13 +37,12 @@ SHAPES = {
 }
 SHARDS = {"1B": 2, "7B": 3}
 
-_EXPORT = """
-import json, pathlib, resource, sys, time
-start = time.perf_counter()
+_EXPORT = r"""
+import pathlib, re, sys
 from tnllm_export.export import export_bundle
 export_bundle(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), dtype="bfloat16", overwrite=True)
-print(json.dumps({"seconds": time.perf_counter() - start,
-                  "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+# Not getrusage: its maximum outlives exec, so it would be that of the process which started this one.
+print(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 """
 
 
@@ -101,7 +100,7 @@ def export(checkpoint: Path, output: Path) -> tuple[float, int]:
     answer = subprocess.run(
         [sys.executable, "-c", _EXPORT, str(checkpoint), str(output)], check=True, stdout=subprocess.PIPE, text=True
     )
-    return time.perf_counter() - start, int(json.loads(answer.stdout)["peak"])
+    return time.perf_counter() - start, int(answer.stdout) * 1024
 
 
 def _measure(size: str, kind: str, folder: Path, rounds: int, progress: Progress) -> list[Record]:
