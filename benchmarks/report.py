@@ -6,6 +6,7 @@ from collections.abc import Callable
 import matplotlib as mpl
 
 mpl.use("Agg")
+mpl.rcParams["svg.hashsalt"] = "drift"  # the same results give the same file
 import matplotlib.pyplot as plt
 
 from benchmarks import constant_cost, drift, scale
