@@ -6,11 +6,12 @@ from collections.abc import Callable
 import matplotlib as mpl
 
 mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "drift"  # the same results give the same file
 import matplotlib.pyplot as plt
 
 from benchmarks import constant_cost, drift, scale
 from benchmarks.records import RESULTS, ROOT, Record, load
+
+mpl.rcParams["svg.hashsalt"] = "drift"  # the same results give the same file
 
 PAGE = ROOT / "docs" / "parity.md"
 PLOT = ROOT / "docs" / "images" / "drift.svg"
