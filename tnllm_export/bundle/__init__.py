@@ -4,6 +4,7 @@ from tnllm_export.bundle.layout import DTYPES, StoredWeight, TensorSpec, Weights
 from tnllm_export.bundle.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
+    WEIGHTS,
     FileRecord,
     GraphRecord,
     Graphs,
@@ -18,6 +19,7 @@ __all__ = [
     "DTYPES",
     "MANIFEST",
     "SCHEMA_VERSION",
+    "WEIGHTS",
     "Bundle",
     "BundleWriter",
     "FileRecord",

@@ -11,6 +11,7 @@ from tnllm_export.errors import BundleCorruptError, BundleVersionError
 from tnllm_export.models.config import TransnormerConfig, describe_validation_error
 
 MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
 SCHEMA_VERSION: Literal[1] = 1
 
 _CHECKSUM = "manifest_sha256"
@@ -95,7 +96,7 @@ class Manifest(_Record):
     logits: Literal["last", "all"]
     opset_imports: dict[str, int]
     graphs: Graphs
-    weights: FileName = "weights.safetensors"
+    weights: FileName = WEIGHTS
     tokenizer: FileName | None = None
     tools: dict[str, str]
     source: Source

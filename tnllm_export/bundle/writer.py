@@ -16,13 +16,11 @@ from torch import Tensor
 
 from tnllm_export.bundle import files
 from tnllm_export.bundle.layout import DTYPES, WeightsLayout
-from tnllm_export.bundle.manifest import MANIFEST, FileRecord, Manifest, check_relative_name
+from tnllm_export.bundle.manifest import MANIFEST, WEIGHTS, FileRecord, Manifest, check_relative_name
 from tnllm_export.bundle.reader import Bundle, is_bundle
 from tnllm_export.errors import BundleExistsError, WriteError
 from tnllm_export.models.finite import check_cast
 from tnllm_export.progress import Progress, silent
-
-WEIGHTS = "weights.safetensors"
 
 _ADDED_LATER = ("engines/", "reports/")
 """Folders that other commands add to a bundle; they go with it when it is replaced."""

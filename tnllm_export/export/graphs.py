@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from torch import Tensor
 
-from tnllm_export.bundle import DTYPES, WeightsLayout
+from tnllm_export.bundle import DTYPES, WEIGHTS, WeightsLayout
 from tnllm_export.export.programs import MODEL, trace_programs
 from tnllm_export.graphs.passes.external_weights import ExternalWeight
 from tnllm_export.graphs.pipeline import Program, build_graph
@@ -13,8 +13,6 @@ from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.decay import slope_rates
 from tnllm_export.models.modeling import Logits
 from tnllm_export.progress import Progress, silent
-
-WEIGHTS = "weights.safetensors"
 
 
 def export_graphs(

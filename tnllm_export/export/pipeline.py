@@ -27,7 +27,7 @@ from tnllm_export.bundle import (
     plan_weights,
 )
 from tnllm_export.errors import ExportError
-from tnllm_export.export.graphs import WEIGHTS, export_graphs
+from tnllm_export.export.graphs import export_graphs
 from tnllm_export.graphs.lowerings import LOWERINGS
 from tnllm_export.models.checkpoint import Checkpoint, open_checkpoint
 from tnllm_export.models.modeling import Logits, parameter_dtype
@@ -95,7 +95,6 @@ def export_bundle(
                     domain: version for graph in graphs.values() for domain, version in graph.opset_imports.items()
                 },
                 graphs=Graphs(prefill=_record("prefill", graphs), decode=_record("decode", graphs)),
-                weights=WEIGHTS,
                 tokenizer=opened.tokenizer_path.name if opened.tokenizer_path else None,
                 tools={name: importlib.metadata.version(name) for name in _TOOLS},
                 source=Source(checkpoint=checkpoint.resolve().name, parameters=opened.parameters),
