@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from tnllm_export.kernels.contract import accumulator_dtype
+from tnllm_export.kernels.layer import fused, gated_norm, glu_product, rotate, split_heads, srmsnorm
 from tnllm_export.kernels.lightning_attention import lightning_attention, lightning_attention_step
 from tnllm_export.models.config import Activation, Norm, TransnormerConfig
 from tnllm_export.models.decay import slope_rates
@@ -16,12 +17,15 @@ Logits = Literal["last", "all"]
 
 
 class SimpleRMSNorm(nn.Module):
-    """SRMSNorm: x rsqrt(mean(x²) + 1e-6) over the last dimension, in float32, without a weight."""
+    """SRMSNorm: x rsqrt(mean(x²) + 1e-6) over the last dimension, in float32, without a weight.
+
+    Its readers are linear maps, so under autocast it answers in their dtype and spares each of them a cast.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., d]; the dtype stays."""
-        wide = _wide(x)
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        """Normalise x [..., d]; the dtype stays, but for autocast."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return srmsnorm(x, torch.get_autocast_dtype(x.device.type) if autocast else None)
 
 
 class RMSNorm(nn.Module):
@@ -69,10 +73,7 @@ class LinearizedRelativePositionEncoding(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [B, T, H, D] at positions [B, T] into [B, T, H, 2 D]. Angles are computed in float32."""
-        # [B, T, 1, 1] * [H, D] -> [B, T, H, D]
-        angles = torch.unflatten(positions.to(self.theta.dtype), 1, (-1, 1, 1)) * self.theta.squeeze(1)
-        wide = x.to(angles.dtype)
-        return torch.cat((wide * angles.cos(), wide * angles.sin()), dim=-1).to(x.dtype)
+        return rotate(x, self.theta, positions)
 
 
 class GatedLinearAttention(nn.Module):
@@ -118,13 +119,19 @@ class GatedLinearAttention(nn.Module):
             output, present_state = lightning_attention(query, key, value, self.slope_rate, past_state, lengths)
             # [B, T, H, V] -> [B, T, d]
             mixed = output.flatten(2)
+        if gate is not None and isinstance(self.norm, SimpleRMSNorm) and fused(gate, mixed):
+            return self.out_proj(gated_norm(gate, mixed)), present_state
         normed = self.norm(mixed)
         return self.out_proj(normed if gate is None else gate * normed), present_state
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         gate = None
         if self.gated:
-            q, k, v, gate = self.qkvu_proj(x).chunk(4, dim=-1)
+            projected = self.qkvu_proj(x)
+            if self.activation == "silu" and fused(projected):
+                theta = None if self.lrpe is None else self.lrpe.theta
+                return split_heads(projected, self.heads, theta, positions)
+            q, k, v, gate = projected.chunk(4, dim=-1)
         else:
             q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
         # [B, T, d] -> [B, T, H, D]
@@ -148,7 +155,7 @@ class SimpleGatedLinearUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., d] to [..., d]."""
-        mapped: Tensor = self.l3(activate(self.activation, self.l1(x)) * self.l2(x))
+        mapped: Tensor = self.l3(glu_product(activate(self.activation, self.l1(x)), self.l2(x)))
         return mapped
 
 
