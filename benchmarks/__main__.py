@@ -1,31 +1,62 @@
-"""`python -m benchmarks [NAME …]` runs benchmarks and saves results; `report` makes the docs' tables and plots."""
+"""`python -m benchmarks [NAME …]` runs benchmarks and saves results; `report` makes the docs' tables and plots.
 
+`--output FILE` puts results into another file and leaves the docs alone.
+"""
+
+import importlib
+import os
 import sys
-from collections.abc import Callable
+from pathlib import Path
 
-from benchmarks import constant_cost, drift, report, scale
-from benchmarks.records import Record, save
-from tnllm_export.progress import Progress
+from benchmarks.records import results_path, save
 
-REGISTRY: dict[str, Callable[[Progress], list[Record]]] = {
-    module.NAME: module.run for module in (drift, constant_cost, scale)
+# Modules are imported when they run: a GPU machine needs no ONNX Runtime.
+REGISTRY = {
+    "drift": "cpu",
+    "constant cost": "cpu",
+    "scale": "cpu",
+    "attention": "cuda",
+    "decode": "cuda",
+    "training": "cuda",
+    "layer kernels": "cuda",
 }
+"""Benchmarks and the device that each needs."""
 
 
 def show(stage: str, done: int, total: int, unit: str = "") -> None:
     print(f"{stage}: {done} of {total} {unit}", file=sys.stderr, flush=True)
 
 
+def run(name: str, output: Path | None = None) -> Path:
+    """Run one benchmark and save its records as they come."""
+    module = importlib.import_module(f"benchmarks.{name.replace(' ', '_')}")
+    return save(module.run(show), output or results_path(REGISTRY[name]))
+
+
 def main(arguments: list[str]) -> None:
-    if arguments == ["report"]:
-        report.write()
-        return
-    for name in arguments or REGISTRY:
-        if name not in REGISTRY:
-            sys.exit(f"error: no benchmark {name!r}; there are: {', '.join(REGISTRY)}, and report")
-        path = save(REGISTRY[name](show))
-        print(f"{name}: {path}")
-    report.write()
+    output = None
+    if "--output" in arguments:
+        place = arguments.index("--output")
+        output = Path(arguments[place + 1])
+        arguments = arguments[:place] + arguments[place + 2 :]
+    if arguments != ["report"]:
+        for name in arguments or _runnable():
+            if name not in REGISTRY:
+                sys.exit(f"error: no benchmark {name!r}; there are: {', '.join(REGISTRY)}, and report")
+            print(f"{name}: {run(name, output)}", flush=True)
+    if output is None:
+        importlib.import_module("benchmarks.report").write()
+
+
+def _runnable() -> list[str]:
+    """All benchmarks for which there is a device."""
+    import torch  # noqa: PLC0415
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and torch.cuda.is_available():
+        return list(REGISTRY)
+    left_out = [name for name, device in REGISTRY.items() if device == "cuda"]
+    print(f"left out, for want of a CUDA device: {', '.join(left_out)}", file=sys.stderr)
+    return [name for name in REGISTRY if name not in left_out]
 
 
 if __name__ == "__main__":

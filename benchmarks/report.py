@@ -1,41 +1,49 @@
 """Tables and plots of the documentation, made from the results files: nothing in them is written by hand."""
 
 import re
-from collections.abc import Callable
+from pathlib import Path
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks import constant_cost, drift, scale
+from benchmarks import constant_cost, drift, performance, performance_plots, scale
+from benchmarks.performance import Table, rows
 from benchmarks.records import RESULTS, ROOT, Record, load
 
-mpl.rcParams["svg.hashsalt"] = "drift"  # the same results give the same file
-
-PAGE = ROOT / "docs" / "parity.md"
-PLOT = ROOT / "docs" / "images" / "drift.svg"
+DOCS = ROOT / "docs"
 
 
-def write() -> None:
-    """Rewrite what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` in the page, and the plot."""
-    text = PAGE.read_text(encoding="utf-8")
-    for path in sorted(RESULTS.glob("*.json")):
-        records = load(path)
-        for name, table in TABLES.items():
-            chosen = [record for record in records if record.name == name]
-            if chosen:
-                text = _replace(text, name, f"{table(chosen)}\n\n{_source(path.stem, chosen)}")
-        if any(record.name == drift.NAME for record in records):
-            _plot_drift([record for record in records if record.name == drift.NAME])
-    PAGE.write_text(text, encoding="utf-8")
+def write(docs: Path = DOCS, results: Path = RESULTS) -> None:
+    """Rewrite what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` in the pages, and the plots.
+
+    Args:
+        docs: Where the pages are.
+        results: Where the results files are.
+    """
+    devices = {path.stem: load(path) for path in sorted(results.glob("*.json"))}
+    for page, tables in PAGES.items():
+        text = (docs / page).read_text(encoding="utf-8")
+        for device, records in devices.items():
+            for name, table in tables.items():
+                chosen = [record for record in records if record.name == name]
+                if chosen:
+                    parts = (table(chosen), performance.PICTURES.get(name), _source(device, chosen))
+                    text = _replace(text, name, "\n\n".join(part for part in parts if part), page)
+        (docs / page).write_text(text, encoding="utf-8")
+    for records in devices.values():
+        drifts = [record for record in records if record.name == drift.NAME]
+        if drifts:
+            _plot_drift(drifts, docs / "images" / "drift.svg")
+        performance_plots.plot(records, docs / "images")
 
 
-def _replace(text: str, name: str, content: str) -> str:
+def _replace(text: str, name: str, content: str, page: str) -> str:
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"{PAGE} has no place for {name}: expected {begin} and {end}")
+        raise ValueError(f"{page} has no place for {name}: expected {begin} and {end}")
     return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
 
 
@@ -44,29 +52,24 @@ def _source(device: str, records: list[Record]) -> str:
     return f"Measured on {device}, commit {records[0].commit}, {tools}."
 
 
-def _rows(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _drift_table(records: list[Record]) -> str:
     cells = {tuple(record.case.split(" | ")): record.value for record in records}
     heads = list(dict.fromkeys(head for _, _, head, _ in cells))
-    rows = [
+    lines = [
         [activations.removesuffix(" activations"), form]
         + [f"{cells[activations, form, head, str(drift.TOKENS)]:.1e}" for head in heads]
         for activations, form in dict.fromkeys((activations, form) for activations, form, _, _ in cells)
     ]
-    return _rows(["activations", "form", *heads], rows)
+    return rows(["activations", "form", *heads], lines)
 
 
 def _cost_table(records: list[Record]) -> str:
-    rows = [
+    lines = [
         [record.metric, f"{record.value:.0f} {record.unit}", f"{record.peer_value:.0f} {record.unit}",
          f"{record.value / (record.peer_value or 1):.4f}"]
         for record in records
     ]  # fmt: skip
-    return _rows(["what", "value", constant_cost_peer(records), "ratio"], rows)
+    return rows(["what", "value", constant_cost_peer(records), "ratio"], lines)
 
 
 def constant_cost_peer(records: list[Record]) -> str:
@@ -75,21 +78,22 @@ def constant_cost_peer(records: list[Record]) -> str:
 
 
 def _scale_table(records: list[Record]) -> str:
-    rows = []
+    lines = []
     for record in records:
         if record.unit == "1":
-            rows.append([record.case, record.metric, f"{record.value:.1e}", "", f"at most {record.floor:.0e}"])
+            lines.append([record.case, record.metric, f"{record.value:.1e}", "", f"at most {record.floor:.0e}"])
             continue
         if record.peer_value:
             rest = f"{record.value / record.peer_value:.2f} times {record.peer} ({record.peer_value:.1f} s)"
             limit = f"at most {scale.TIME_LIMIT:.0f} times"
         else:
             rest, limit = "", f"at most {record.floor:.0f} {record.unit}"
-        rows.append([record.case, record.metric, f"{record.value:.2f} {record.unit}", rest, limit])
-    return _rows(["checkpoint", "what", "value", "against", "limit"], rows)
+        lines.append([record.case, record.metric, f"{record.value:.2f} {record.unit}", rest, limit])
+    return rows(["checkpoint", "what", "value", "against", "limit"], lines)
 
 
-def _plot_drift(records: list[Record]) -> None:
+def _plot_drift(records: list[Record], path: Path) -> None:
+    mpl.rcParams["svg.hashsalt"] = "drift"  # the same results give the same file
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for record in records:
         activations, form, head, tokens = record.case.split(" | ")
@@ -108,13 +112,13 @@ def _plot_drift(records: list[Record]) -> None:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("relative error of the state")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(forms), frameon=False)
-    PLOT.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PLOT, metadata={"Date": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
-TABLES: dict[str, Callable[[list[Record]], str]] = {
-    drift.NAME: _drift_table,
-    constant_cost.NAME: _cost_table,
-    scale.NAME: _scale_table,
+PAGES: dict[str, dict[str, Table]] = {
+    "parity.md": {drift.NAME: _drift_table, constant_cost.NAME: _cost_table, scale.NAME: _scale_table},
+    "performance.md": performance.TABLES,
 }
+"""Each page and its tables, by name of the records."""

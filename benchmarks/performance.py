@@ -1,0 +1,194 @@
+"""Tables of `docs/performance.md`: ours beside every peer and the floor."""
+
+from collections.abc import Callable, Iterable
+
+from benchmarks import names
+from benchmarks.records import Record
+
+Table = Callable[[list[Record]], str]
+
+LINEAR_PEERS = ("fla chunk", "fla fused", "lightning-attn", "fla recurrent")
+"""Who computes the same function."""
+
+
+def rows(header: list[str], lines: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    table = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table)
+
+
+def by_case(records: list[Record]) -> dict[str, list[Record]]:
+    """Records of one case together, in the order in which cases come."""
+    cases: dict[str, list[Record]] = {}
+    for record in records:
+        cases.setdefault(record.case, []).append(record)
+    return cases
+
+
+def peer_name(record: Record) -> str:
+    """The peer without the reason why it is absent."""
+    return (record.peer or "").partition(" (absent")[0]
+
+
+def peer_values(records: list[Record]) -> dict[str, float | None]:
+    """Values of one case's peers, None for those that are absent."""
+    return {peer_name(record): record.peer_value for record in records if record.peer}
+
+
+def best(values: dict[str, float | None], among: Iterable[str]) -> float | None:
+    """The smallest value of these peers."""
+    return min((values[name] for name in among if values.get(name) is not None), default=None)  # type: ignore[type-var]
+
+
+def figure(value: float | None, spec: str = ".3f") -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else format(value, spec)
+
+
+def share(part: float | None, whole: float | None, spec: str = ".2f") -> str:
+    """A ratio, or a dash."""
+    return figure(part / whole if part is not None and whole else None, spec)
+
+
+def absences(records: list[Record]) -> str:
+    """One line for each reason why a number is missing."""
+    reasons: dict[str, list[str]] = {}
+    for record in records:
+        if record.peer and " (absent: " in record.peer:
+            reasons.setdefault(record.peer, []).append(record.case)
+    lines = [f"- {peer.replace(' (absent: ', ': ')[:-1]} ({'; '.join(dict.fromkeys(cases))})"
+             for peer, cases in reasons.items()]  # fmt: skip
+    return "\n\nNot measured:\n\n" + "\n".join(lines) if lines else ""
+
+
+def time_table(records: list[Record]) -> str:
+    """Times of one piece of work over shapes, launched normally and in a graph."""
+    peers = list(dict.fromkeys(peer_name(record) for record in records))
+    peers = [name for name in peers if name != names.OURS]
+    lines = []
+    for case, found in by_case(records).items():
+        ours, floor, values = found[0].value, found[0].floor, peer_values(found)
+        shape, how = case.split(" | ")
+        rival = best(values, LINEAR_PEERS)
+        lines.append(
+            [shape, how, figure(floor), figure(ours), *(figure(values.get(peer)) for peer in peers),
+             share(ours, rival), _target(found[0].name, shape, how), share(floor, ours)]
+        )  # fmt: skip
+    unit = records[0].unit
+    header = ["B, H, T", "how", f"floor ({unit})", "**ours**", *peers, "of best linear peer", "target", "floor / ours"]
+    return rows(header, lines) + absences(records)
+
+
+def parity_table(records: list[Record]) -> str:
+    """Errors against float64."""
+    peers = [name for name in dict.fromkeys(peer_name(record) for record in records) if name != names.OURS]
+    lines = []
+    for case, found in by_case(records).items():
+        values = peer_values(found)
+        lines.append(
+            [*case.rsplit(" | ", 1), figure(found[0].floor, ".0e"), figure(found[0].value, ".2e"),
+             *(figure(values.get(peer), ".2e") for peer in peers),
+             share(found[0].value, values.get(names.BLOCKED) or values.get(names.PYTORCH))]
+        )  # fmt: skip
+    header = ["B, H, T", "of", "limit", "**ours**", *peers, "of the PyTorch form"]
+    return rows(header, lines) + absences(records)
+
+
+def memory_table(records: list[Record]) -> str:
+    """Peak memory of forward and backward."""
+    peers = [name for name in dict.fromkeys(peer_name(record) for record in records) if name != names.OURS]
+    lines = []
+    for case, found in by_case(records).items():
+        values = peer_values(found)
+        lines.append(
+            [case, figure(found[0].value), *(figure(values.get(peer)) for peer in peers),
+             share(found[0].value, best(values, LINEAR_PEERS))]
+        )  # fmt: skip
+    header = ["B, H, T", f"**ours** ({records[0].unit})", *peers, "of best linear peer"]
+    return rows(header, lines) + absences(records)
+
+
+def chip_table(records: list[Record]) -> str:
+    """Ceilings of the chip."""
+    return rows(
+        ["what", "measured"], [[record.case, f"{figure(record.value, '.2f')} {record.unit}"] for record in records]
+    )
+
+
+def training_table(records: list[Record]) -> str:
+    """Speed, memory and utilisation over contexts, by model."""
+    values, contexts = training_values(records)
+    models = list(dict.fromkeys(model for model, _, _ in values))
+    metrics = list(dict.fromkeys(record.metric for record in records))
+    lines = []
+    for metric in metrics:
+        for model in models:
+            found = [values.get((model, metric, context)) for context in contexts]
+            spec = ".0f" if metric == "tokens per second" else ".1f" if "memory" in metric else ".3f"
+            cells = [figure(value, spec) for value in found]
+            spread = ""
+            known = [value for value in found if value is not None]
+            if metric == "tokens per second" and len(known) > 1:
+                spread = f"{max(known) / min(known) - 1:.1%}"
+            lines.append([metric, f"**{model}**" if model == names.OURS else model, *cells, spread])
+    header = ["what", "model", *(f"{context:,} tokens" for context in contexts), "fastest over slowest"]
+    return rows(header, lines) + absences(records)
+
+
+def training_values(records: list[Record]) -> tuple[dict[tuple[str, str, int], float | None], list[int]]:
+    """Values by model, metric and context; the contexts."""
+    values: dict[tuple[str, str, int], float | None] = {}
+    for record in records:
+        context = int(record.case.partition(" | ")[0])
+        if record.peer is None or record.value is not None:
+            values[names.OURS, record.metric, context] = record.value
+        if record.peer:
+            values[peer_name(record), record.metric, context] = record.peer_value
+    return values, sorted({context for _, _, context in values})
+
+
+def comparison_table(records: list[Record]) -> str:
+    """Any comparison: case, metric, ours, the peer, the floor."""
+    lines = [
+        [record.case, record.metric, f"{figure(record.value)} {record.unit}", figure(record.floor),
+         share(record.floor, record.value), peer_name(record), figure(record.peer_value),
+         share(record.value, record.peer_value)]
+        for record in records
+    ]  # fmt: skip
+    header = ["case", "what", "**ours**", "floor", "floor / ours", "peer", "its value", "ours / peer"]
+    return rows(header, lines) + absences(records)
+
+
+def _target(name: str, shape: str, how: str) -> str:
+    tokens = int(shape.split(", ")[2])
+    if name == names.FORWARD:
+        limit = 0.6 if tokens >= 16384 or how == names.GRAPH else 0.5
+        return f"at most {limit}"
+    if name == names.BACKWARD:
+        return "at most 0.5" if tokens >= 4096 else ""
+    if name == names.DECODE and how == names.GRAPH:
+        batch = int(shape.split(", ", maxsplit=1)[0])
+        return {1: "at most 3 µs", 8: "at most 10 µs"}.get(batch, "floor / ours at least 0.85")
+    return ""
+
+
+TABLES: dict[str, Table] = {
+    names.CHIP: chip_table,
+    names.PARITY: parity_table,
+    names.FORWARD: time_table,
+    names.BACKWARD: time_table,
+    names.MEMORY: memory_table,
+    names.DECODE_PARITY: parity_table,
+    names.DECODE: time_table,
+    names.TRAINING_PARITY: comparison_table,
+    names.TRAINING: training_table,
+    names.LAYER: comparison_table,
+}
+"""By name of the records; `<!-- begin NAME -->` marks the place in the page."""
+
+PICTURES = {
+    names.BACKWARD: "![Time over T of every form and the floor](images/attention_time.svg)",
+    names.MEMORY: "![Peak memory over T of every form](images/attention_memory.svg)",
+    names.TRAINING: "![Tokens per second over context of the three models](images/training.svg)",
+}
+"""Plots that stand below a table; `performance_plots` draws them."""

@@ -1,0 +1,86 @@
+"""The performance page is a function of the results, and says what is missing and why."""
+
+import shutil
+
+import pytest
+
+from benchmarks import names, performance, performance_plots, report
+from benchmarks.records import Record, save
+
+
+def time(name, case, peer, peer_value, value=1.0, unit="ms"):
+    return Record(name, case, "time", unit, value, 0.5, peer, peer_value)
+
+
+@pytest.fixture
+def records():
+    found = []
+    for tokens, factor in ((1024, 1), (4096, 4)):
+        for name in (names.FORWARD, names.BACKWARD):
+            case = f"1, 32, {tokens} | launched"
+            found += [time(name, case, names.FLA_CHUNK, 4.0 * factor, 1.0 * factor),
+                      time(name, case, names.FLA_FUSED, 2.0 * factor, 1.0 * factor),
+                      time(name, case, f"{names.LIGHTNING} (absent: ImportError: no)", None, 1.0 * factor)]  # fmt: skip
+        found.append(Record(names.MEMORY, f"1, 32, {tokens}", "peak memory", "GiB", 2.0, None, names.FLA_CHUNK, 8.0))
+    for context, ours, llama in ((2048, 100e3, 120e3), (131072, 98e3, 20e3)):
+        case = f"{context} | compiled"
+        found.append(Record(names.TRAINING, case, "tokens per second", "tokens/s", ours))
+        found.append(Record(names.TRAINING, case, "tokens per second", "tokens/s", ours, None, "LLaMA form", llama))
+    found.append(Record(names.PARITY, "1, 32, 64 | bfloat16 | layer 15 | output", "relative error", "1", 1.6e-3, 5e-3,
+                        names.BLOCKED, 1.5e-3))  # fmt: skip
+    found.append(time(names.DECODE, "8, 32, 1 | graph", names.FLA_RECURRENT, 16.0, 9.0, "µs"))
+    return found
+
+
+def test_a_comparison_is_with_the_best_linear_peer_and_names_what_is_missing(records):
+    table = performance.time_table([record for record in records if record.name == names.FORWARD])
+    short, long = (line for line in table.splitlines() if line.startswith("| 1, 32"))
+    assert "| 0.500 | 1.000 | 4.000 | 2.000 | – | 0.50 | at most 0.5 | 0.50 |" in short
+    assert "| 4.000 | 16.000 | 8.000 | – | 0.50 | at most 0.5 | 0.12 |" in long
+    assert "- lightning-attn: ImportError: no (1, 32, 1024 | launched; 1, 32, 4096 | launched)" in table
+
+
+def test_the_training_table_says_how_flat_the_speed_is(records):
+    table = performance.training_table([record for record in records if record.name == names.TRAINING])
+    assert "| tokens per second | **ours** | 100000 | 98000 | 2.0% |" in table
+    assert "| tokens per second | LLaMA form | 120000 | 20000 | 500.0% |" in table
+
+
+def test_a_value_that_could_not_be_measured_is_a_dash():
+    table = performance.time_table([time(names.FORWARD, "1, 32, 1024 | graph", names.FLA_CHUNK, 2.0, value=None)])
+    assert "| 0.500 | – | 2.000 | – | at most 0.6 | – |" in table
+
+
+def test_every_kind_of_record_gets_its_place_and_its_plot(records, tmp_path):
+    docs, results = tmp_path / "docs", tmp_path / "results"
+    docs.mkdir()
+    for page in report.PAGES:
+        shutil.copy(report.DOCS / page, docs / page)
+    save(records, results / "some-gpu.json")
+    report.write(docs, results)
+    page = (docs / "performance.md").read_text()
+    for name in {record.name for record in records}:
+        begin = page.index(f"<!-- begin {name} -->")
+        assert "Measured on some-gpu" in page[begin : page.index(f"<!-- end {name} -->")]
+    for plot in (performance_plots.TIME, performance_plots.MEMORY, performance_plots.TRAINING):
+        assert (docs / "images" / plot).stat().st_size > 1000
+        assert f"(images/{plot})" in page
+    first = (docs / "images" / performance_plots.TIME).read_bytes()
+    report.write(docs, results)
+    assert (docs / "performance.md").read_text() == page
+    assert (docs / "images" / performance_plots.TIME).read_bytes() == first
+
+
+def test_plots_show_one_sequence_of_k_equal_v_and_the_floor(records):
+    other = time(names.FORWARD, "1, 32, 4096, K 256 | launched", names.FLA_CHUNK, 9.0)
+    series = performance_plots.over_tokens(
+        [record for record in [*records, other] if record.name == names.FORWARD], names.LAUNCHED
+    )
+    assert series[names.OURS] == [(1024, 1.0), (4096, 4.0)]
+    assert series["floor"] == [(1024, 0.5), (4096, 0.5)]
+    assert names.LIGHTNING not in series
+
+
+def test_every_marker_of_the_page_is_one_that_the_report_fills():
+    page = (report.DOCS / "performance.md").read_text()
+    assert {line[11:-4] for line in page.splitlines() if line.startswith("<!-- begin ")} == set(performance.TABLES)
