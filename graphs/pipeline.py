@@ -10,12 +10,10 @@ from torch.export import ExportedProgram
 
 from tnllm_export.graphs.lowerings import LOWERINGS
 from tnllm_export.graphs.passes.external_weights import ExternalWeight, ExternalWeights
-from tnllm_export.graphs.passes.linear_to_gemm import LinearToGemm
 from tnllm_export.graphs.passes.name_dims import NameDims
 from tnllm_export.graphs.passes.name_nodes import NameNodes
 from tnllm_export.graphs.passes.optimize import Optimize
 from tnllm_export.graphs.passes.set_opset import SetOpset
-from tnllm_export.graphs.passes.static_reshapes import StaticReshapes
 from tnllm_export.graphs.passes.unroll_layers import UnrollLayers
 from tnllm_export.graphs.translate import translate
 from tnllm_export.kernels.contract import NAMESPACE, OPSET_VERSION
@@ -67,9 +65,6 @@ def build_graph(program: Program, lowering: str, weights: Mapping[str, ExternalW
         output_names=program.output_names,
         weight_names=program.weight_names,
     )
-    Optimize()(model)
-    StaticReshapes()(model)
-    LinearToGemm()(model)
     chosen.lower(model)
     Optimize()(model)
     for tidy in (

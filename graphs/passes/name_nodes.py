@@ -1,16 +1,16 @@
 """Readable names: every node is called after the module it comes from, e.g. `model.layers.0.channel_mixer.l1/Gemm`."""
 
-import ast
 from collections import Counter
 from itertools import takewhile
 
 import onnx_ir as ir
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+MODULE = "tnllm.module"
+"""Key of the metadata in which a translated node keeps the module it comes from."""
 
 
 class NameNodes(ir.passes.InPlacePass):
-    """Name nodes and their values after modules, and drop the exporter's metadata (it holds source paths).
+    """Name nodes and their values after modules, and drop the metadata that says so.
 
     Args:
         prefix: The name under which the program holds the model; stripped from module names.
@@ -57,10 +57,8 @@ class NameNodes(ir.passes.InPlacePass):
             raise ir.passes.PostconditionError("node names are not unique or lead to no module")
 
     def _module(self, node: ir.Node) -> str | None:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-        # The last scope is the operator itself; the one before it is the innermost module.
-        module = scopes[-2] if len(scopes) > 1 else ""
-        # What the tracer adds on its own, a symbolic size say, has a scope that is no module of the program.
+        module = node.metadata_props.get(MODULE, "")
+        # What the tracer adds on its own, a symbolic size say, comes from no module of the program.
         if not module.startswith(self.prefix):
             return None
         return module.removeprefix(self.prefix).removeprefix(".") or None

@@ -13,7 +13,7 @@ from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime import TorchRuntime, load_runtime
 
 
-def make_config(lrpe):
+def make_config(lrpe, **options):
     return TransnormerConfig(
         vocab_size=61,
         decoder_embed_dim=48,
@@ -22,6 +22,7 @@ def make_config(lrpe):
         glu_dim=80,
         linear_use_lrpe_list=lrpe,
         init_std=0.2,
+        **options,
     )
 
 
@@ -65,10 +66,27 @@ def test_the_released_form_unrolls_to_what_tracing_every_layer_gives(lowering):
 
 
 @pytest.mark.parametrize("lrpe", [[0, 1, 1, 0], [1, 1, 1], [0]], ids=str)
-@torch.inference_mode()
 def test_any_order_of_layers_answers_as_the_eager_model(tmp_path, lrpe, write_checkpoint):
+    assert_answers_as_eager(make_config(lrpe), tmp_path, write_checkpoint)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm_type": "rmsnorm", "linear_act_fun": "1+elu", "glu_act_fun": "silu"},
+        {"norm_type": "layernorm", "linear_act_fun": "none", "glu_act_fun": "1+elu", "no_scale_embedding": True},
+        {"linear_use_gate": False, "decay_type": "paper"},
+    ],
+    ids=str,
+)
+def test_any_option_of_the_model_answers_as_the_eager_model(tmp_path, options, write_checkpoint):
+    assert_answers_as_eager(make_config([1, 0], **options), tmp_path, write_checkpoint)
+
+
+@torch.inference_mode()
+def assert_answers_as_eager(config, tmp_path, write_checkpoint):
     torch.manual_seed(0)
-    model = TransnormerForCausalLM(make_config(lrpe)).eval()
+    model = TransnormerForCausalLM(config).eval()
     export_bundle(write_checkpoint(tmp_path / "checkpoint", model), tmp_path / "bundle")
     runtime, truth = load_runtime(open_bundle(tmp_path / "bundle")), TorchRuntime(model)
     ids, lengths = torch.randint(0, 61, (2, 70)), torch.tensor([70, 33], dtype=torch.int32)
