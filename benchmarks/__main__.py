@@ -1,6 +1,7 @@
 """`python -m benchmarks [NAME …]` runs benchmarks and saves results; `report` makes the docs' tables and plots.
 
-`--output FILE` puts results into another file and leaves the docs alone.
+`--output FILE` puts results into another file and leaves the docs alone; `merge FILE` takes over results that were so
+measured on another machine, FILE being named after its device.
 """
 
 import importlib
@@ -8,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.records import results_path, save
+from benchmarks.records import RESULTS, load, results_path, save
 
 # Modules are imported when they run: a GPU machine needs no ONNX Runtime.
 REGISTRY = {
@@ -39,10 +40,13 @@ def main(arguments: list[str]) -> None:
         place = arguments.index("--output")
         output = Path(arguments[place + 1])
         arguments = arguments[:place] + arguments[place + 2 :]
-    if arguments != ["report"]:
+    if arguments[:1] == ["merge"]:
+        for file in arguments[1:]:
+            save(load(Path(file)), RESULTS / Path(file).name)
+    elif arguments != ["report"]:
         for name in arguments or _runnable():
             if name not in REGISTRY:
-                sys.exit(f"error: no benchmark {name!r}; there are: {', '.join(REGISTRY)}, and report")
+                sys.exit(f"error: no benchmark {name!r}; there are: {', '.join(REGISTRY)}, report and merge")
             print(f"{name}: {run(name, output)}", flush=True)
     if output is None:
         importlib.import_module("benchmarks.report").write()

@@ -4,6 +4,7 @@ Each gets the same numbers in the layout that it likes best; changing the layout
 """
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -113,6 +114,8 @@ def _ours(inputs: Inputs) -> Prepared:
 
 
 def _fla(name: str) -> Form:
+    # Its choices must not be kept on disk: it would find those of a short T again where a long one is tuned for.
+    os.environ["FLA_CACHE_RESULTS"] = "0"
     kernel = getattr(importlib.import_module("fla.ops.simple_gla"), name)
 
     def prepare(inputs: Inputs) -> Prepared:

@@ -2,10 +2,8 @@
 
 import time
 
-import pytest
 import torch
 
-from benchmarks.__main__ import REGISTRY, main, run
 from benchmarks.gpu_timing import CACHE_BYTES, ceilings, describe, milliseconds, peak_bytes, set_count
 
 
@@ -31,16 +29,3 @@ def test_a_failure_is_told_in_one_line():
     assert len(describe(ValueError("c" * 999))) < 200
     assert describe(torch.OutOfMemoryError("long story")) == "out of memory"
     assert peak_bytes(lambda: None, "cpu") == 0
-
-
-def test_a_name_that_is_no_benchmark_is_refused():
-    with pytest.raises(SystemExit, match="no benchmark 'speed'; there are: drift"):
-        main(["speed"])
-
-
-def test_a_benchmark_is_found_by_its_name(monkeypatch, tmp_path):
-    from benchmarks import constant_cost
-
-    monkeypatch.setattr(constant_cost, "run", lambda progress: [])
-    assert run("constant cost", tmp_path / "out.json").read_text() == "[]\n"
-    assert {"attention", "decode", "training"} <= set(REGISTRY)
