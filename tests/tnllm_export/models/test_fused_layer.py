@@ -96,8 +96,7 @@ def test_under_autocast_the_norm_answers_in_the_dtype_of_its_readers(model, ids,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exported_programs_hold_the_same_plain_ops_whatever_form_is_asked_for(dtype, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def test_exported_programs_hold_the_same_plain_ops_whatever_form_is_asked_for(dtype):
     traced = []
     for choice in ("triton", "pytorch"):
         with use_kernels(choice):
