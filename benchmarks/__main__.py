@@ -7,6 +7,7 @@ measured on another machine, FILE being named after its device.
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from benchmarks.records import RESULTS, load, results_path, save
@@ -44,12 +45,24 @@ def main(arguments: list[str]) -> None:
         for file in arguments[1:]:
             save(load(Path(file)), RESULTS / Path(file).name)
     elif arguments != ["report"]:
-        for name in arguments or _runnable():
+        for name in arguments:
             if name not in REGISTRY:
                 sys.exit(f"error: no benchmark {name!r}; there are: {', '.join(REGISTRY)}, report and merge")
-            print(f"{name}: {run(name, output)}", flush=True)
+        failed = [name for name in arguments or _runnable() if not _ran(name, output)]
+        if failed:
+            sys.exit(f"error: failed: {', '.join(failed)}; what they had measured is kept")
     if output is None:
         importlib.import_module("benchmarks.report").write()
+
+
+def _ran(name: str, output: Path | None) -> bool:
+    """Run one benchmark and say whether it ended well; one that breaks does not stop the others."""
+    try:
+        print(f"{name}: {run(name, output)}", flush=True)
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
 
 
 def _runnable() -> list[str]:

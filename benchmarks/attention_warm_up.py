@@ -10,15 +10,17 @@ import os
 import subprocess
 import sys
 import time
+from itertools import product
 from typing import Any
 
 import torch
 
-from benchmarks.attention_cases import SHAPES, Shape, make_inputs
+from benchmarks.attention_cases import ERROR_LIMITS, PARITY_SHAPES, SHAPES, Shape, make_inputs, run_op
 from benchmarks.attention_peers import Form, available_forms
 from benchmarks.gpu_timing import describe
 from benchmarks.names import FLA_CHUNK, FLA_FUSED, LIGHTNING, OURS
 from benchmarks.records import ROOT
+from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.progress import Progress, silent
 
 LIMIT_S = 150.0
@@ -93,22 +95,34 @@ def _compile_share(index: int, processes: int) -> None:
     Autotuner.prune_configs = share
     # What it measures here means nothing: one call compiles.
     Autotuner.do_bench = property(lambda _: lambda call, quantiles: [call(), (1.0, 1.0, 1.0)][1])
-    forms, _ = available_forms()
-    tried = [Shape(1, 32, 512), Shape(1, 16, 512), Shape(1, 32, 512, key_dim=256), Shape(2, 32, 256, lengths=(256, 99))]
-    for shape in tried:
-        for form in forms:
-            if form.name in _TUNED or (form.name == OURS and index == 0):
-                _report(index, form, shape, _try(form, shape))
-    # lightning-attn compiles anew for every shape.
+    forms = {form.name: form for form in available_forms()[0]}
+    tuned = [forms[name] for name in _TUNED if name in forms]
+    for shape in (
+        Shape(1, 32, 512), Shape(1, 16, 512), Shape(1, 32, 512, key_dim=256), Shape(2, 32, 256, lengths=(256, 99)),
+    ):  # fmt: skip
+        for form in tuned:
+            _report(index, form.name, shape, _try(form, shape))
+    # lightning-attn compiles anew for every shape; ours has a few variants by size and dtype.
     for shape in SHAPES[index::processes]:
-        for form in forms:
-            if form.name == LIGHTNING:
-                _report(index, form, shape, _try(form, shape))
+        for name in (LIGHTNING, OURS):
+            if name in forms:
+                _report(index, name, shape, _try(forms[name], shape))
+    for shape, dtype in list(product(PARITY_SHAPES, ERROR_LIMITS))[index::processes]:
+        _report(index, f"{OURS}, {dtype}", shape, _try_op(shape, dtype))
 
 
-def _report(index: int, form: Form, shape: Shape, reason: str | None) -> None:
+def _try_op(shape: Shape, dtype: torch.dtype) -> str | None:
+    try:
+        with use_kernels("triton"):
+            run_op(make_inputs(shape, dtype, continued=True))
+    except Exception as error:
+        return describe(error)
+    return None
+
+
+def _report(index: int, form: str, shape: Shape, reason: str | None) -> None:
     if reason:
-        print(f"warm-up {index}: {form.name} at {shape}: {reason}", file=sys.stderr, flush=True)
+        print(f"warm-up {index}: {form} at {shape}: {reason}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -38,3 +38,17 @@ def test_without_a_gpu_its_benchmarks_are_left_out(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert command._runnable() == ["drift", "constant cost", "scale"]
     assert "left out, for want of a CUDA device: attention, decode, training" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_breaks_does_not_stop_the_next(monkeypatch, tmp_path, capsys):
+    from benchmarks import drift
+
+    def broken(progress):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(drift, "run", broken)
+    monkeypatch.setattr(constant_cost, "run", lambda progress: [Record("constant cost", "c", "m", "s", 1.0)])
+    with pytest.raises(SystemExit, match="failed: drift; what they had measured is kept"):
+        command.main(["drift", "constant cost", "--output", str(tmp_path / "out.json")])
+    assert "no luck" in capsys.readouterr().err
+    assert load(tmp_path / "out.json")[0].value == 1.0
