@@ -8,11 +8,13 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+from tnllm_export.build import BuildResult, EngineOptions, build_engines
 from tnllm_export.bundle import DTYPES, Bundle, open_bundle
 from tnllm_export.errors import (
     BundleError,
     CheckpointError,
     ConfigError,
+    EngineError,
     ExportError,
     ParityError,
     RequestError,
@@ -32,10 +34,13 @@ from tnllm_export.runtime import Runtime, RuntimeInfo, load_runtime
 from tnllm_export.verify import ParityReport, Workload
 
 __all__ = [
+    "BuildResult",
     "Bundle",
     "BundleError",
     "CheckpointError",
     "ConfigError",
+    "EngineError",
+    "EngineOptions",
     "ExportError",
     "Generation",
     "Generator",
@@ -55,6 +60,7 @@ __all__ = [
     "TransnormerForCausalLM",
     "Workload",
     "WriteError",
+    "build",
     "export",
     "generate",
     "generator",
@@ -134,6 +140,35 @@ def export(
             stacklevel=2,
         )
     return bundle
+
+
+def build(
+    bundle: Bundle | Path | str,
+    target: str = "tensorrt-rtx",
+    options: EngineOptions | None = None,
+    *,
+    rebuild: bool = False,
+    progress: Progress = silent,
+) -> BuildResult:
+    """Build the prefill and the decode engine of a bundle with TensorRT, into its folder `engines`.
+
+    Engines that are there already, built from the same graphs, weights and options by the same TensorRT, are taken.
+
+    Args:
+        bundle: The bundle or its folder, exported with the lowering `matmul` or `plugin`.
+        target: "tensorrt-rtx", which builds without a GPU, or "tensorrt".
+        options: Shapes, weights, GPUs, plugin library.
+        rebuild: Whether to build again even so.
+        progress: Told what is being done.
+
+    Raises:
+        BundleError: No sound bundle.
+        RuntimeMissingError: TensorRT is not installed.
+        EngineError: An option or this bundle does not fit, or TensorRT refused.
+        WriteError: Disk full, no permission.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), progress=progress)
+    return build_engines(opened, target, options or EngineOptions(), rebuild=rebuild, progress=progress)
 
 
 def verify(

@@ -18,6 +18,11 @@ The tree:
     │   └── BundleVersionError
     ├── ExportError              a graph could not be made
     ├── WriteError               disk full, no permission
+    ├── EngineError              TensorRT engines and the plugin library
+    │   ├── EngineBuildError         options that do not fit, or TensorRT refused the network
+    │   ├── PluginBuildError         no compiler, no headers, or the library did not compile
+    │   ├── EngineMissingError       no engine was built for what is asked
+    │   └── EngineMismatchError      corrupt, of another version, or not for this GPU
     ├── RuntimeTargetError       a bundle and the runtime it shall run on
     │   ├── RuntimeMissingError      the optional dependency is not installed
     │   └── UnsupportedTargetError   dtype or lowering that the runtime does not run
@@ -25,7 +30,8 @@ The tree:
     │   ├── PromptError              empty, too long, token id out of range
     │   ├── TextUnsupportedError     text for a model without a tokenizer
     │   ├── SamplingError
-    │   └── StateError               a state of another model, batch or shape
+    │   ├── StateError               a state of another model, batch or shape
+    │   └── ProfileError             a batch or prompt that the engines were not built for
     ├── ParityError              a runtime disagrees with the eager model
     └── CorpusError              text to train on is missing, broken or too short
 """
@@ -131,6 +137,36 @@ class WriteError(TnllmError):
     exit_code = 31
 
 
+class EngineError(TnllmError):
+    """An engine or the plugin library can't be made or used."""
+
+    exit_code = 32
+
+
+class EngineBuildError(EngineError):
+    """An engine's options do not fit, or TensorRT refused to build it."""
+
+    exit_code = 33
+
+
+class PluginBuildError(EngineError):
+    """The plugin library could not be made: no compiler, no headers, or it did not compile."""
+
+    exit_code = 34
+
+
+class EngineMissingError(EngineError):
+    """The bundle holds no engine that fits what is asked."""
+
+    exit_code = 35
+
+
+class EngineMismatchError(EngineError):
+    """An engine is corrupt, of another version of TensorRT, or not for this GPU."""
+
+    exit_code = 36
+
+
 class RuntimeTargetError(TnllmError):
     """A bundle does not run on the runtime that was asked for."""
 
@@ -177,6 +213,12 @@ class StateError(RequestError):
     """A recurrent state does not fit: another model, batch size, shape or dtype."""
 
     exit_code = 54
+
+
+class ProfileError(RequestError):
+    """The batch or the prompt is larger than the engines were built for."""
+
+    exit_code = 55
 
 
 class ParityError(TnllmError):

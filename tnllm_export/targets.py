@@ -4,6 +4,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class EngineTarget:
+    """How a target's engines come to be.
+
+    Attributes:
+        module: The Python package that builds and runs them.
+        extra: The extra of this package that installs it.
+        needs_gpu: Whether a build needs the GPU that it is for.
+        compute_capabilities: What an engine runs on where none are asked for, as a phrase.
+    """
+
+    module: str
+    extra: str
+    needs_gpu: bool
+    compute_capabilities: str
+
+
+@dataclass(frozen=True)
 class Target:
     """Capabilities of one runtime on one device.
 
@@ -14,6 +31,7 @@ class Target:
         dtypes: Activation dtypes it runs.
         lowerings: Lowerings it runs, the preferred one first. Empty where the runtime needs no graph.
         max_opset: Newest ai.onnx opset it accepts, or None where that does not apply.
+        engine: How its engines are built, or None where it runs the graphs themselves.
     """
 
     name: str
@@ -22,6 +40,7 @@ class Target:
     dtypes: tuple[str, ...]
     lowerings: tuple[str, ...]
     max_opset: int | None = None
+    engine: EngineTarget | None = None
 
 
 # ONNX Runtime's own LinearAttention is about as fast, but rounds exp(-s) to float32 at every token: after 32k tokens
@@ -30,5 +49,21 @@ TARGETS: tuple[Target, ...] = (
     Target("torch-cpu", "torch", "cpu", ("float32", "float16", "bfloat16"), ()),
     Target(
         "onnxruntime-cpu", "onnxruntime", "cpu", ("float32", "float16"), ("matmul", "contrib", "plugin"), max_opset=26
+    ),
+    Target(
+        "tensorrt-rtx",
+        "tensorrt-rtx",
+        "cuda",
+        ("float16", "bfloat16", "float32"),
+        ("matmul", "plugin"),
+        engine=EngineTarget("tensorrt_rtx", "tensorrt-rtx", False, "8.0, 8.6, 8.9, 12.0 and later"),
+    ),
+    Target(
+        "tensorrt",
+        "tensorrt",
+        "cuda",
+        ("float16", "bfloat16", "float32"),
+        ("matmul", "plugin"),
+        engine=EngineTarget("tensorrt", "tensorrt", True, "that of the GPU it was built on"),
     ),
 )

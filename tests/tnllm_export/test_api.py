@@ -11,10 +11,13 @@ import tnllm_export
 from tnllm_export import api, errors
 
 PUBLIC = [
+    "BuildResult",
     "Bundle",
     "BundleError",
     "CheckpointError",
     "ConfigError",
+    "EngineError",
+    "EngineOptions",
     "ExportError",
     "Generation",
     "Generator",
@@ -34,6 +37,7 @@ PUBLIC = [
     "TransnormerForCausalLM",
     "Workload",
     "WriteError",
+    "build",
     "export",
     "generate",
     "generator",

@@ -39,7 +39,10 @@ def _others(dtype: str, lowering: str | None) -> str:
         {
             target.runtime
             for target in TARGETS
-            if dtype in target.dtypes and (lowering is None or not target.lowerings or lowering in target.lowerings)
+            # Where engines have to be built first, loading it is not the way out.
+            if target.engine is None
+            and dtype in target.dtypes
+            and (lowering is None or not target.lowerings or lowering in target.lowerings)
         }
     )
     return f", or load it with the runtime {' or '.join(names)}" if names else ""

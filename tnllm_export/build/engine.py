@@ -1,0 +1,116 @@
+"""Building one engine and handing it on piece by piece."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tnllm_export.build.monitor import Phases, make_monitor
+from tnllm_export.build.network import add_profile, parse_network, read_graph
+from tnllm_export.build.options import EngineOptions, resolve_compute_capabilities
+from tnllm_export.errors import EngineBuildError
+from tnllm_export.progress import Progress
+from tnllm_export.tensorrt import last_error, logger
+
+_PIECE_BYTES = 1 << 24
+
+
+def make_builder(trt: Any) -> Any:
+    """Return TensorRT's builder. Raises EngineBuildError where it needs a GPU and finds none."""
+    try:
+        return trt.Builder(logger(trt))
+    except Exception as error:
+        raise EngineBuildError(
+            f"{trt.__name__} {trt.__version__} can't build here ({last_error(trt)}); it needs the NVIDIA GPU that the "
+            "engine is for, with its driver; --target tensorrt-rtx builds without one"
+        ) from error
+
+
+def build_engine(
+    trt: Any, graph: Path, program: str, options: EngineOptions, progress: Progress, write: Callable[[bytes], None]
+) -> None:
+    """Build the engine of one graph.
+
+    Args:
+        trt: TensorRT's package, with our plugins registered where the graph needs them.
+        graph: Path of the graph, with the weights beside it.
+        program: "prefill" or "decode".
+        options: How.
+        progress: Told how far it is.
+        write: Takes the engine's bytes, in order.
+
+    Raises:
+        EngineBuildError: TensorRT refused.
+    """
+    stage = f"building the {program} engine"
+    progress(stage, 0, 1000)
+    builder = make_builder(trt)
+    network = parse_network(trt, builder, read_graph(graph, options.weights), graph)
+    config = builder.create_builder_config()
+    add_profile(builder, config, network, options.profile)
+    targets = resolve_compute_capabilities(trt, options.compute_capabilities)
+    if targets:
+        config.num_compute_capabilities = len(targets)
+        for place, target in enumerate(targets):
+            config.set_compute_capability(target, place)
+    if options.weights == "stripped":
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    # Names of layers are names of modules: wanted by `tnllm inspect` and by profilers, and a matter of kilobytes.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options.embed_plugin:
+        config.plugins_to_serialize = [str(options.plugin_library)]
+    cache = _load_timing_cache(config, options.timing_cache)
+    phases = Phases(stage, progress)
+    monitor = make_monitor(trt, phases)
+    config.progress_monitor = monitor
+    built = _serialize(trt, builder, network, config, write)
+    if phases.stopped_by is not None:
+        raise phases.stopped_by
+    if not built:
+        raise EngineBuildError(f"{graph}: {trt.__name__} {trt.__version__} built no engine ({last_error(trt)})")
+    if cache is not None and options.timing_cache is not None:
+        options.timing_cache.write_bytes(memoryview(cache.serialize()))
+    progress(stage, 1000, 1000)
+
+
+def _serialize(trt: Any, builder: Any, network: Any, config: Any, write: Callable[[bytes], None]) -> bool:
+    """Build; return whether there is an engine. Where TensorRT can, it writes without holding the engine in memory."""
+    if not hasattr(builder, "build_serialized_network_to_stream"):
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            return False
+        view = memoryview(plan)
+        for start in range(0, len(view), _PIECE_BYTES):
+            write(bytes(view[start : start + _PIECE_BYTES]))
+        return True
+    failures: list[BaseException] = []
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        """Called by TensorRT with one piece after the other."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            # As with the monitor, nothing may leave a callback. Hashing goes on after this returns: keep a copy.
+            try:
+                if not failures:
+                    write(bytes(data))
+                    return len(data)
+            except BaseException as error:
+                failures.append(error)
+            return 0
+
+    writer = Writer()
+    built = builder.build_serialized_network_to_stream(network, config, writer)
+    if failures:
+        raise failures[0]
+    return bool(built)
+
+
+def _load_timing_cache(config: Any, path: Path | None) -> Any:
+    """Let the build take measured times from a file, and return the cache; None without one."""
+    if path is None:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache

@@ -1,0 +1,132 @@
+"""From a bundle to its two engines: taken from the bundle where they are there already, else built into it."""
+
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from tnllm_export.build.engine import build_engine, make_builder
+from tnllm_export.build.options import EngineOptions, parse_compute_capabilities, resolve_compute_capabilities
+from tnllm_export.bundle import Bundle
+from tnllm_export.bundle.engines import ENGINE_FILES, EngineSet, EngineSpec, PluginRecord, find_engines, writing_engines
+from tnllm_export.errors import EngineBuildError, EngineMismatchError
+from tnllm_export.progress import Progress, silent
+from tnllm_export.targets import TARGETS, Target
+from tnllm_export.tensorrt import engine_target, has_cuda_driver, import_tensorrt, library_checksum, load_plugins
+
+RECIPE = 1
+"""Raised when the same options shall lead to other engines."""
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """Engines, and whether they were there already."""
+
+    engines: EngineSet
+    cached: bool
+
+
+def build_engines(
+    bundle: Bundle, target: str, options: EngineOptions, *, rebuild: bool = False, progress: Progress = silent
+) -> BuildResult:
+    """Build the prefill and the decode engine of a bundle.
+
+    Args:
+        bundle: The bundle; its engines are put into its folder `engines`.
+        target: "tensorrt-rtx" or "tensorrt".
+        options: How.
+        rebuild: Whether to build even if the bundle has these engines.
+        progress: Told how far it is.
+
+    Raises:
+        RuntimeMissingError: TensorRT is not installed.
+        EngineBuildError: An option or this bundle does not fit, or TensorRT refused.
+        WriteError: Disk full, no permission.
+    """
+    started = time.monotonic()
+    kind = engine_target(target)
+    _check_bundle(bundle, next(found for found in TARGETS if found.name == target), options)
+    capabilities = parse_compute_capabilities(options.compute_capabilities)
+    options = replace(options, compute_capabilities=capabilities)
+    trt = import_tensorrt(kind)
+    resolve_compute_capabilities(trt, capabilities)
+    if options.weights == "stripped" and not has_cuda_driver():
+        raise EngineBuildError(
+            f"weights can't be stripped here: {trt.__name__} needs a CUDA driver for it, and there is none; build on "
+            "a machine with a GPU, or keep the weights out of the engines with --weights external"
+        )
+    if kind.needs_gpu:
+        make_builder(trt)  # for its message: what follows asks torch about the GPU
+    spec = _spec(bundle, target, options, trt.__version__, _device() if kind.needs_gpu else "")
+    found = None if rebuild else find_engines(bundle.path, spec)
+    if found is not None:
+        try:
+            found.check(progress)
+            return BuildResult(found, cached=True)
+        except EngineMismatchError:
+            pass  # it is replaced
+    if options.plugin_library is not None:
+        load_plugins(trt, options.plugin_library)
+    with writing_engines(bundle.path, spec) as writer:
+        for program, graph in (("prefill", bundle.prefill_path), ("decode", bundle.decode_path)):
+            writer.write(program, partial(build_engine, trt, graph, program, options, progress))
+        return BuildResult(writer.commit(time.monotonic() - started), cached=False)
+
+
+def _check_bundle(bundle: Bundle, target: Target, options: EngineOptions) -> None:
+    manifest = bundle.manifest
+    if manifest.lowering not in target.lowerings:
+        raise EngineBuildError(
+            f"{bundle.path}: lowering is {manifest.lowering}; {target.name} builds {' or '.join(target.lowerings)}: "
+            f"export again with --lowering {target.lowerings[0]}"
+        )
+    if manifest.dtype not in target.dtypes:
+        raise EngineBuildError(
+            f"{bundle.path}: dtype is {manifest.dtype}; {target.name} builds {', '.join(target.dtypes)}: "
+            f"export again with --dtype {target.dtypes[0]}"
+        )
+    if manifest.lowering == "plugin" and options.plugin_library is None:
+        raise EngineBuildError(
+            f"{bundle.path}: lowering is plugin, and no plugin library is named; make one with `tnllm build-plugin` "
+            "and name it with --plugin-library, or export again with --lowering matmul"
+        )
+    if manifest.lowering != "plugin" and options.plugin_library is not None:
+        raise EngineBuildError(
+            f"{bundle.path}: lowering is {manifest.lowering}, which needs no plugin library; leave out "
+            "--plugin-library, or export again with --lowering plugin"
+        )
+    if options.plugin_library is not None:
+        library_checksum(options.plugin_library)
+
+
+def _spec(bundle: Bundle, target: str, options: EngineOptions, version: str, device: str) -> EngineSpec:
+    manifest = bundle.manifest
+    graphs = {"prefill": manifest.graphs.prefill.file, "decode": manifest.graphs.decode.file}
+    assert graphs.keys() == ENGINE_FILES.keys()
+    library = options.plugin_library
+    return EngineSpec(
+        recipe=RECIPE,
+        target=target,
+        version=version,
+        device=device,
+        compute_capabilities=options.compute_capabilities,
+        graphs={program: manifest.files[file].sha256 for program, file in graphs.items()},
+        # External weights shape nothing but the inputs, and the graphs hold these shapes.
+        weights_sha256="" if options.weights == "external" else manifest.files[manifest.weights].sha256,
+        dtype=manifest.dtype,
+        lowering=manifest.lowering,
+        weights=options.weights,
+        profile=options.profile,
+        plugin=None
+        if library is None
+        else PluginRecord(sha256=library_checksum(library), embedded=options.embed_plugin),
+    )
+
+
+def _device() -> str:
+    """Name the GPU that engines are built on, with its compute capability."""
+    if not torch.cuda.is_available():
+        raise EngineBuildError("PyTorch finds no CUDA device, so the engines' GPU can't be told; install a CUDA build")
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} ({major}.{minor})"

@@ -1,0 +1,214 @@
+"""Engines in a bundle: `engines/<target>/<key>/`, written whole or not at all, each with a record of what shaped it.
+
+The manifest does not list them: they are made from the bundle and can be made again. Their own record has checksums.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tnllm_export.bundle import files
+from tnllm_export.bundle.manifest import FileName, FileRecord
+from tnllm_export.errors import EngineMismatchError
+from tnllm_export.progress import Progress, silent
+
+ENGINES = "engines"
+RECORD = "engines.json"
+ENGINE_FILES: Mapping[str, str] = {"prefill": "prefill.engine", "decode": "decode.engine"}
+
+_PARTIAL = ".partial-"
+
+WeightsMode = Literal["embedded", "external", "stripped"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PluginRecord(_Record):
+    """The plugin library that an engine needs: its checksum, and whether the engine carries it."""
+
+    sha256: str
+    embedded: bool
+
+
+class ProfileRecord(_Record):
+    """The shapes that an engine takes; the smallest are 1. `prompt` is the number of tokens of one prefill."""
+
+    max_batch: int
+    opt_batch: int
+    max_prompt: int
+    opt_prompt: int
+
+
+class EngineSpec(_Record):
+    """All that shapes a pair of engines: the same spec, the same engines.
+
+    Attributes:
+        recipe: Counts changes of how this package builds.
+        target: e.g. "tensorrt-rtx".
+        version: Of TensorRT.
+        device: The GPU that it is built on, "" where a build needs none.
+        compute_capabilities: That it is built for, e.g. ("8.6",); empty for the target's own choice.
+        graphs: Checksums of the graphs, by program.
+        weights_sha256: Checksum of the weights; "" for engines that take any weights of these shapes.
+        dtype: Of weights and activations.
+        lowering: Which form the two ops have in the graphs.
+        weights: Where the weights are: "embedded" in each engine; "external", inputs of the engine, which both engines
+            share; or "stripped", put back by a refit.
+        profile: The shapes.
+        plugin: The plugin library, for the lowering `plugin`.
+    """
+
+    recipe: int
+    target: str
+    version: str
+    device: str
+    compute_capabilities: tuple[str, ...]
+    graphs: dict[str, str]
+    weights_sha256: str
+    dtype: str
+    lowering: str
+    weights: WeightsMode
+    profile: ProfileRecord
+    plugin: PluginRecord | None
+
+    @property
+    def key(self) -> str:
+        """The name of its folder: a hash of all of it."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+class EngineRecord(_Record):
+    """What `engines.json` says."""
+
+    schema_version: Literal[1] = 1
+    spec: EngineSpec
+    files: dict[FileName, FileRecord]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """A pair of engines, prefill and decode, that lies in a bundle."""
+
+    path: Path
+    record: EngineRecord
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What shaped them."""
+        return self.record.spec
+
+    def file(self, program: str) -> Path:
+        """The engine of "prefill" or "decode"."""
+        return self.path / ENGINE_FILES[program]
+
+    def check(self, progress: Progress = silent) -> None:
+        """Compare each file with its checksum. Raises EngineMismatchError, naming the one that differs."""
+        total = sum(record.bytes for record in self.record.files.values())
+        done = 0
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            progress("checking the engines", done, total, "bytes")
+
+        for name, record in self.record.files.items():
+            path = self.path / name
+            if not path.is_file() or path.stat().st_size != record.bytes or _differs(path, record, advance):
+                raise EngineMismatchError(f"{path}: missing or not as it was built; build again with `tnllm build`")
+
+
+def engines_of(bundle: Path) -> tuple[EngineSet, ...]:
+    """Return all engines of a bundle whose record can be read, sorted by target and key; contents are not checked."""
+    records = sorted(bundle.glob(f"{ENGINES}/*/*/{RECORD}"))
+    return tuple(found for path in records if _PARTIAL not in path.parent.name and (found := _read(path)))
+
+
+def find_engines(bundle: Path, spec: EngineSpec) -> EngineSet | None:
+    """Return the engines of a bundle that were built from `spec`, or None; contents are not checked."""
+    found = _read(bundle / ENGINES / spec.target / spec.key / RECORD)
+    return found if found is not None and found.spec == spec else None
+
+
+@contextmanager
+def writing_engines(bundle: Path, spec: EngineSpec) -> "Iterator[EngineWriter]":
+    """Give a writer for the engines of `spec`, which leaves nothing behind unless its `commit` has returned.
+
+    Raises:
+        WriteError: Disk full, no permission.
+    """
+    place = bundle / ENGINES / spec.target / spec.key
+    partial = place.with_name(f"{spec.key}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}")
+    with files.reporting_write_errors(place):
+        partial.mkdir(parents=True)
+        with _locked(partial):
+            for leftover in place.parent.glob(f"*{_PARTIAL}*"):
+                with contextlib.suppress(OSError), _locked(leftover):
+                    shutil.rmtree(leftover)
+            try:
+                yield EngineWriter(place, partial, spec)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+class EngineWriter:
+    """Writes the two engines of a spec into a temporary folder."""
+
+    def __init__(self, place: Path, partial: Path, spec: EngineSpec) -> None:
+        self._place = place
+        self._partial = partial
+        self._spec = spec
+        self._files: dict[str, FileRecord] = {}
+
+    def write(self, program: str, produce: Callable[[Callable[[bytes], None]], None]) -> None:
+        """Write the engine of a program: `produce` is given a function that appends bytes."""
+        name = ENGINE_FILES[program]
+        with files.HashedFile(self._partial / name) as file:
+            produce(file.write)
+            self._files[name] = file.settle()
+
+    def commit(self, seconds: float) -> EngineSet:
+        """Put the engines in their place, instead of what may be there, and return them."""
+        record = EngineRecord(spec=self._spec, files=self._files, seconds=round(seconds, 3))
+        files.write_new(self._partial / RECORD, (record.model_dump_json(indent=1).encode() + b"\n",))
+        if self._place.exists():
+            shutil.rmtree(self._place)
+        self._partial.rename(self._place)
+        files.sync_folder(self._place.parent)
+        return EngineSet(self._place, record)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder while its writer lives; what a killed one has left behind can be locked. Raises OSError if not."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _read(path: Path) -> EngineSet | None:
+    try:
+        return EngineSet(path.parent, EngineRecord.model_validate_json(path.read_bytes()))
+    except (OSError, ValidationError):
+        return None
+
+
+def _differs(path: Path, record: FileRecord, advance: Callable[[int], None]) -> bool:
+    return files.hash_file(path, advance) != record.sha256
