@@ -94,7 +94,7 @@ def _check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dim() != len(shape) or any(found != wanted for found, wanted in zip(tensor.shape, shape, strict=True)):
+    if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}")
 
 

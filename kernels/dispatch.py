@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 
@@ -90,4 +90,4 @@ def _triton_installed() -> bool:
 def _checked(choice: str, source: str) -> Choice:
     if choice not in CHOICES:
         raise ValueError(f"{source}: found {choice!r}; expected one of {', '.join(CHOICES)}")
-    return cast(Choice, choice)
+    return choice

@@ -1,5 +1,7 @@
 """What the Triton kernels share: decay without drift, and matrix products of float32 tiles on tensor cores."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 import os
 
 import triton

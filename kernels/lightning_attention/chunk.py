@@ -10,14 +10,29 @@ With G_t the gradient of the state after token t, which decays backwards in time
 so each is the same sweep over other tensors, and nothing but the inputs is kept for the backward.
 """
 
-from typing import cast
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from tnllm_export.kernels.lightning_attention.launch import (
+    allocate_with_torch,
+    capability,
+    is_current,
+    launch,
+    processors,
+)
 from tnllm_export.kernels.lightning_attention.sweep import sweep_kernel
-from tnllm_export.kernels.lightning_attention.sweep_plan import Activation, SweepPlan, SweepTile, sweep_plan, sweep_tile
+from tnllm_export.kernels.lightning_attention.sweep_plan import (
+    Activation,
+    SweepPlan,
+    SweepTile,
+    key_block,
+    sweep_plan,
+    sweep_tile,
+)
 
 _ACTIVATIONS: dict[torch.dtype, Activation] = {
     torch.float32: "float32",
@@ -30,8 +45,7 @@ def lightning_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the chunk op. Args and results are those of `lightning_attention`."""
-    output = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    present_state = torch.empty(past_state.shape, dtype=past_state.dtype, device=past_state.device)
+    output, present_state = _like(value), _like(past_state)
     sweep(query, key, value, slope_rate, past_state, lengths, output, present_state)
     return output, present_state
 
@@ -47,8 +61,7 @@ def lightning_attention_triton_backward(
     lengths: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and past_state. Args are those of the blocked backward."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-    d_state = torch.empty(past_state.shape, dtype=past_state.dtype, device=past_state.device)
+    dq, dk, dv, d_state = _like(query), _like(key), _like(value), _like(past_state)
     sweep(grad_output, value, key, slope_rate, past_state.mT, lengths, dq, None)
     sweep(value, grad_output, query, slope_rate, grad_state.mT, lengths, dk, None, reverse=True)
     sweep(key, query, grad_output, slope_rate, grad_state, lengths, dv, d_state, reverse=True)
@@ -83,72 +96,108 @@ def sweep(
         tile: Sizes other than those of the table.
         plan: Segments other than those of the rule.
     """
-    query, key, value = (_with_dense_rows(x) for x in (query, key, value))
-    B, T, H, K = query.shape
-    V = value.shape[-1]
+    B, T, H, _ = query.shape
     if B == 0 or H == 0:
         return
+    if T == 0:
+        if present_state is not None:
+            present_state.copy_(past_state)
+        return
     device = query.device
-    tile = tile or sweep_tile(K, V, _ACTIVATIONS[query.dtype], _capability(device))
-    blocks = -(-V // tile.value_block)
-    columns = B * H * blocks
-    plan = plan or sweep_plan(tile, columns, T, _processors(device))
-    BK = max(1 << (K - 1).bit_length(), 16)
-    chain = plan.handover == "chain"
-    carry = torch.empty((2, columns, BK, tile.value_block) if chain else (1,), dtype=torch.float32, device=device)
-    progress = torch.zeros(1 + columns if chain else 1, dtype=torch.int32, device=device) if chain else carry
+    if not is_current(device):
+        with torch.cuda.device(device):
+            sweep(
+                query, key, value, slope_rate, past_state, lengths, output, present_state,
+                reverse=reverse, tile=tile, plan=plan,
+            )  # fmt: skip
+        return
+    query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
+    slope_rate, lengths = slope_rate.contiguous(), lengths.contiguous()
     present = past_state if present_state is None else present_state
-    # The kernel's tensor maps. Set for each launch: autograd runs a backward in a context of its own.
-    triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=device))
-    sweep_kernel[(columns, plan.segments)](
-        query,
-        key,
-        value,
-        slope_rate,
-        past_state,
-        lengths,
-        output,
-        present,
-        carry,
-        progress,
-        T,
-        H,
-        plan.segment_chunks,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *output.stride()[:3],
-        *past_state.stride(),
-        *present.stride(),
-        K=K,
-        V=V,
-        BK=BK,
-        BV=tile.value_block,
-        C=tile.chunk,
-        REVERSE=reverse,
-        HANDOVER=plan.handover,
-        STORE_STATE=present_state is not None,
-        STATE_STAGES=tile.state_stages,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+    cut = _cut(
+        query.shape,
+        value.shape[3],
+        (query.stride(), key.stride(), value.stride(), output.stride(), past_state.stride(), present.stride()),
+        query.dtype,
+        device,
+        reverse,
+        present_state is not None,
+        tile,
+        plan,
+    )
+    # Only a chain uses them.
+    carry = torch.empty(cut.carry, dtype=torch.float32, device=device) if cut.carry else past_state
+    progress = torch.zeros(cut.progress, dtype=torch.int32, device=device) if cut.progress else lengths
+    tensors = (query, key, value, slope_rate, past_state, lengths, output, present, carry, progress)
+    misalignment = tuple([x.data_ptr() % 16 for x in (slope_rate, past_state, lengths, present)])
+    allocate_with_torch()
+    launch(cut.kernel, (cut, misalignment), cut.grid, tensors + cut.numbers, cut.constants, cut.warps)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """All of a launch that follows from sizes, strides and dtype; one object for each, which is its own key."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    numbers: tuple[int, ...]
+    constants: tuple[Any, ...]
+    warps: int
+    carry: int
+    progress: int
+
+
+@lru_cache(maxsize=1024)
+def _cut(
+    shape: torch.Size,
+    V: int,
+    strides: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    reverse: bool,
+    store_state: bool,
+    tile: SweepTile | None,
+    plan: SweepPlan | None,
+) -> _Cut:
+    B, T, H, K = shape
+    tile = tile or sweep_tile(K, V, _ACTIVATIONS[dtype], capability(device))
+    columns = B * H * -(-V // tile.value_block)
+    plan = plan or sweep_plan(tile, columns, T, processors(device))
+    BK = key_block(K)
+    chain = plan.handover == "chain"
+    *activations, past, present = strides
+    return _Cut(
+        kernel=sweep_kernel,
+        grid=(columns, plan.segments, 1),
+        numbers=(T, H, plan.segment_chunks, *(n for stride in activations for n in stride[:3]), *past, *present),
+        # K, V, BK, BV, C, REVERSE, HANDOVER, STORE_STATE, STATE_STAGES, STAGES
+        constants=(
+            K,
+            V,
+            BK,
+            tile.value_block,
+            tile.chunk,
+            reverse,
+            plan.handover,
+            store_state,
+            tile.state_stages,
+            tile.stages,
+        ),
+        warps=tile.warps,
+        carry=2 * columns * BK * tile.value_block if chain else 0,
+        progress=1 + columns if chain else 0,
     )
 
 
-def _with_dense_rows(x: Tensor) -> Tensor:
-    """Rows of D elements must be dense and start at multiples of 16 bytes; what is not so is copied."""
-    aligned = 16 // x.element_size()
-    dense = x.stride(-1) == 1 and all(stride % aligned == 0 for stride in x.stride()[:3])
-    return x if dense and x.data_ptr() % 16 == 0 else x.contiguous()
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":  # interpreted
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132
-    return cast(int, torch.cuda.get_device_properties(device).multi_processor_count)
+def _dense_rows(x: Tensor) -> Tensor:
+    """X itself where its rows are dense and start at multiples of 16 bytes, as tensor maps want it; else a copy."""
+    b, t, h, d = x.stride()
+    size = x.element_size()
+    # Rows that overlap (an expanded gradient) are left to nobody's interpretation of a stride of 0.
+    if d == 1 and not ((b | t | h) * size | x.data_ptr()) & 15 and (t >= x.shape[3] or x.shape[1] == 1):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -1,9 +1,19 @@
-"""The two ops as torch.library ops: one node each under torch.export and torch.compile."""
+"""The two ops: what a model calls, and the torch.library ops that tracers see.
 
+A traced program (torch.export, torch.compile, a dispatch mode, a functorch transform) holds one node for each op. Plain
+eager code calls the forms directly: torch.library's Python wrappers take longer than a short kernel.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tnllm_export.kernels.contract import (
     LIGHTNING_ATTENTION,
@@ -11,26 +21,31 @@ from tnllm_export.kernels.contract import (
     check_chunk_inputs,
     check_step_inputs,
 )
+from tnllm_export.kernels.dispatch import form_for
 from tnllm_export.kernels.lightning_attention.blocked import (
     lightning_attention_blocked,
     lightning_attention_blocked_backward,
 )
+from tnllm_export.kernels.lightning_attention.slope_gradient import slope_gradient_in_pieces
 from tnllm_export.kernels.lightning_attention.step import lightning_attention_step_pytorch
 
+MAX_HEAD_DIM = 256
+"""The widest query, key and value that the Triton kernels take; all widths are multiples of HEAD_DIM_STEP."""
 
-def _like(x: Tensor) -> Tensor:
-    """Results are contiguous, whatever the strides of the inputs."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+HEAD_DIM_STEP = 16
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-@torch.library.custom_op(LIGHTNING_ATTENTION.qualified_name, mutates_args=())
 def lightning_attention(
     query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Lightning attention over many tokens: S_t = exp(-s) S_{t-1} + k_t v_tᵀ; o_t = q_tᵀ S_t.
 
-    No scale, no denominator. Differentiable in everything but lengths. Source: arXiv 2401.04658, with the released
-    TransNormerLLM's per-head decay.
+    No scale, no denominator. Differentiable, once, in everything but lengths. Triton kernels on CUDA and PyTorch
+    elsewhere, as `use_kernels` says; PyTorch also for float64 and, with a warning, for sizes that the kernels do not
+    take. Under torch.autocast query, key and value are cast to its dtype, and nothing else. Source: arXiv 2401.04658,
+    with the released TransNormerLLM's per-head decay.
 
     Args:
         query: [B, T, H, K] float32, float16, bfloat16 or float64.
@@ -47,67 +62,25 @@ def lightning_attention(
         ValueError: A shape does not fit.
         TypeError: A dtype does not fit.
     """
+    query, key, value = _autocast(query, key, value)
+    if not _runs_untraced(query, key, value, slope_rate, past_state, lengths):
+        return _chunk_op(query, key, value, slope_rate, past_state, lengths)  # type: ignore[no-any-return]
     check_chunk_inputs(query, key, value, slope_rate, past_state, lengths)
-    return lightning_attention_blocked(query, key, value, slope_rate, past_state, lengths)
+    if torch.is_grad_enabled() and _any_requires_grad(query, key, value, slope_rate, past_state):
+        results: tuple[Tensor, Tensor] = _LightningAttention.apply(  # type: ignore[no-untyped-call]
+            query, key, value, slope_rate, past_state, lengths
+        )
+        return results
+    return _chunk(query, key, value, slope_rate, past_state, lengths)
 
 
-@lightning_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    check_chunk_inputs(query, key, value, slope_rate, past_state, lengths)
-    return _like(value), _like(past_state)
-
-
-@torch.library.custom_op(LIGHTNING_ATTENTION.qualified_name + "_backward", mutates_args=())
-def lightning_attention_backward(
-    grad_output: Tensor,
-    grad_state: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slope_rate: Tensor,
-    past_state: Tensor,
-    lengths: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `lightning_attention`; see `lightning_attention_blocked_backward`."""
-    return lightning_attention_blocked_backward(
-        grad_output, grad_state, query, key, value, slope_rate, past_state, lengths
-    )
-
-
-@lightning_attention_backward.register_fake
-def _(
-    grad_output: Tensor,
-    grad_state: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slope_rate: Tensor,
-    past_state: Tensor,
-    lengths: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _like(query), _like(key), _like(value), _like(slope_rate), _like(past_state)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad_output: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    return *lightning_attention_backward(grad_output, grad_state, *ctx.saved_tensors), None
-
-
-lightning_attention.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-@torch.library.custom_op(LIGHTNING_ATTENTION_STEP.qualified_name, mutates_args=())
 def lightning_attention_step(
     query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute one decoded token by the robust recurrence: S = exp(-s) S + k vᵀ; o = qᵀ S.
 
-    For inference: it has no backward; train with `lightning_attention`. Source: arXiv 2307.14995, robust inference.
+    For inference: it has no backward; train with `lightning_attention`. Forms, autocast and sizes are as there. Source:
+    arXiv 2307.14995, robust inference.
 
     Args:
         query: [B, H, K] float32, float16, bfloat16 or float64.
@@ -123,11 +96,272 @@ def lightning_attention_step(
         ValueError: A shape does not fit.
         TypeError: A dtype does not fit.
     """
+    query, key, value = _autocast(query, key, value)
+    untraced = _runs_untraced(query, key, value, slope_rate, past_state)
+    # The op raises an error when a gradient is asked of it.
+    if not untraced or (torch.is_grad_enabled() and _any_requires_grad(query, key, value, slope_rate, past_state)):
+        return _step_op(query, key, value, slope_rate, past_state)  # type: ignore[no-any-return]
     check_step_inputs(query, key, value, slope_rate, past_state)
-    return lightning_attention_step_pytorch(query, key, value, slope_rate, past_state)
+    return _step(query, key, value, slope_rate, past_state)
 
 
-@lightning_attention_step.register_fake
+@torch.library.custom_op(LIGHTNING_ATTENTION.qualified_name, mutates_args=())
+def _chunk_op(
+    query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    check_chunk_inputs(query, key, value, slope_rate, past_state, lengths)
+    return _chunk(query, key, value, slope_rate, past_state, lengths)
+
+
+@_chunk_op.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    check_chunk_inputs(query, key, value, slope_rate, past_state, lengths)
+    return _like(value), _like(past_state)
+
+
+@torch.library.custom_op(LIGHTNING_ATTENTION.qualified_name + "_backward", mutates_args=())
+def _chunk_backward_op(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slope_rate: Tensor,
+    past_state: Tensor,
+    lengths: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _chunk_backward(grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
+
+
+@_chunk_backward_op.register_fake
+def _(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slope_rate: Tensor,
+    past_state: Tensor,
+    lengths: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(query), _like(key), _like(value), _like(past_state)
+
+
+# Apart from the other gradients: slope_rate is a buffer in the released models, and its gradient has no kernel.
+@torch.library.custom_op(LIGHTNING_ATTENTION.qualified_name + "_slope_gradient", mutates_args=())
+def _slope_gradient_op(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slope_rate: Tensor,
+    past_state: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    return _slope_gradient(grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
+
+
+@_slope_gradient_op.register_fake
+def _(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slope_rate: Tensor,
+    past_state: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    return _like(slope_rate)
+
+
+@torch.library.custom_op(LIGHTNING_ATTENTION_STEP.qualified_name, mutates_args=())
+def _step_op(
+    query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    check_step_inputs(query, key, value, slope_rate, past_state)
+    return _step(query, key, value, slope_rate, past_state)
+
+
+@_step_op.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor) -> tuple[Tensor, Tensor]:
     check_step_inputs(query, key, value, slope_rate, past_state)
     return _like(value), _like(past_state)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)  # the state's gradient is mostly absent, and large
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    _, _, value, _, past_state, _ = inputs
+    # Nothing but a shape: no memory is written for an absent gradient.
+    grad_output = value.new_zeros(()).expand(value.shape) if grad_output is None else grad_output
+    grad_state = past_state.new_zeros(()).expand(past_state.shape) if grad_state is None else grad_state
+    untraced = _runs_untraced(grad_output, grad_state, *inputs)
+    chunk_backward, slope_gradient = (
+        (_chunk_backward, _slope_gradient) if untraced else (_chunk_backward_op, _slope_gradient_op)
+    )
+    dq, dk, dv, d_state = chunk_backward(grad_output, grad_state, *inputs)
+    d_slope = slope_gradient(grad_output, grad_state, *inputs) if ctx.needs_input_grad[3] else None
+    return dq, dk, dv, d_slope, d_state, None
+
+
+_chunk_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _LightningAttention(torch.autograd.Function):
+    """The chunk op with its gradients, for eager code."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        output, present_state = _chunk(*inputs)
+        _save_for_backward(ctx, inputs, (output, present_state))
+        return output, present_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
+
+
+def _chunk(
+    query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    inputs = (query, key, value, slope_rate, past_state, lengths)
+    if _runs_triton(query, value):
+        return _triton_chunk().lightning_attention_triton(*inputs)  # type: ignore[no-any-return]
+    with _accumulation_dtype_kept(query.device.type):
+        return lightning_attention_blocked(*inputs)
+
+
+def _chunk_backward(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slope_rate: Tensor,
+    past_state: Tensor,
+    lengths: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
+    if _runs_triton(query, value):
+        return _triton_chunk().lightning_attention_triton_backward(*inputs)  # type: ignore[no-any-return]
+    with _accumulation_dtype_kept(query.device.type):
+        dq, dk, dv, _, d_state = lightning_attention_blocked_backward(*inputs)
+    return dq, dk, dv, d_state
+
+
+def _slope_gradient(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slope_rate: Tensor,
+    past_state: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    if _runs_triton(query, value):
+        _warn_of_slope_gradient()
+    with _accumulation_dtype_kept(query.device.type):
+        return slope_gradient_in_pieces(grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
+
+
+def _step(query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor) -> tuple[Tensor, Tensor]:
+    if _runs_triton(query, value):
+        return _triton_step().lightning_attention_step_triton(  # type: ignore[no-any-return]
+            query, key, value, slope_rate, past_state
+        )
+    with _accumulation_dtype_kept(query.device.type):
+        return lightning_attention_step_pytorch(query, key, value, slope_rate, past_state)
+
+
+def _runs_untraced(*tensors: Tensor) -> bool:
+    """Whether nobody watches: no tracer, no dispatch mode, no functorch transform, no tensor subclass."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES:
+            return False
+    return tensors[0].is_cuda or tensors[0].is_cpu
+
+
+# Loops, not any() and all(): a generator takes longer than everything else here.
+def _any_requires_grad(*tensors: Tensor) -> bool:
+    for tensor in tensors:  # noqa: SIM110
+        if tensor.requires_grad:
+            return True
+    return False
+
+
+def _runs_triton(query: Tensor, value: Tensor) -> bool:
+    if query.dtype == torch.float64 or form_for(query.device) != "triton":
+        return False
+    K, V = query.shape[-1], value.shape[-1]
+    if K % HEAD_DIM_STEP or V % HEAD_DIM_STEP or not 0 < K <= MAX_HEAD_DIM or not 0 < V <= MAX_HEAD_DIM:
+        _warn_of_size(K, V)
+        return False
+    return True
+
+
+@cache
+def _warn_of_size(K: int, V: int) -> None:
+    warnings.warn(
+        f"lightning attention: found heads of {K} keys and {V} values; the Triton kernels take multiples of "
+        f"{HEAD_DIM_STEP} up to {MAX_HEAD_DIM}, so PyTorch computes, more slowly",
+        stacklevel=5,
+    )
+
+
+@cache
+def _warn_of_slope_gradient() -> None:
+    warnings.warn(
+        "lightning attention: slope_rate requires a gradient, which no Triton kernel computes, so PyTorch does, more "
+        "slowly; detach slope_rate if it is not learned",
+        stacklevel=4,
+    )
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast activations, as autocast casts those of `scaled_dot_product_attention`; it leaves float64 alone, too."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    return query, key, value
+
+
+@contextmanager
+def _accumulation_dtype_kept(device: str) -> Iterator[None]:
+    """Keep autocast away from the PyTorch forms' inner products, which are float32 (float64)."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.autocast(device, enabled=False):
+        yield
+
+
+def _like(x: Tensor) -> Tensor:
+    """Results are contiguous, whatever the strides of the inputs."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# Triton is imported when it is first wanted.
+@cache
+def _triton_chunk() -> Any:
+    return import_module("tnllm_export.kernels.lightning_attention.chunk")
+
+
+@cache
+def _triton_step() -> Any:
+    return import_module("tnllm_export.kernels.lightning_attention.step_kernel")

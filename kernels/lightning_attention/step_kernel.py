@@ -4,7 +4,10 @@ A program owns V-columns of one head's state, whole: it may write them where it 
 included, is that of `step.py`.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -12,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tnllm_export.kernels.lightning_attention.arithmetic import decay_factors
+from tnllm_export.kernels.lightning_attention.launch import is_current, launch, processors
 from tnllm_export.kernels.lightning_attention.step import DITHER, DITHER_FREQUENCY
 
 _DITHER = tl.constexpr(DITHER)
@@ -91,8 +95,8 @@ def lightning_attention_step_triton(
     query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute one token. Args and results are those of `lightning_attention_step`."""
-    output = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    present_state = torch.empty(past_state.shape, dtype=past_state.dtype, device=past_state.device)
+    output = torch.empty_like(value, memory_format=torch.contiguous_format)
+    present_state = torch.empty_like(past_state, memory_format=torch.contiguous_format)
     step(query, key, value, slope_rate, past_state.contiguous(), output, present_state)
     return output, present_state
 
@@ -119,33 +123,32 @@ def step(
         present_state: [B, H, K, V] float32, contiguous, written; may be `past_state`.
         tile: Sizes other than those of the rule.
     """
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     B, H, K = query.shape
-    V = value.shape[-1]
+    V = value.shape[2]
     if B == 0 or H == 0:
         return
-    tile = tile or step_tile(K, V, B * H, _processors(query.device))
-    step_kernel[(B * H * -(-V // tile.value_block),)](
-        query,
-        key,
-        value,
-        slope_rate,
-        past_state,
-        output,
-        present_state,
-        H,
-        *query.stride()[:2],
-        *key.stride()[:2],
-        *value.stride()[:2],
-        K=K,
-        V=V,
-        BK=1 << (K - 1).bit_length(),
-        BV=tile.value_block,
-        num_warps=tile.warps,
-    )
+    device = query.device
+    if not is_current(device):
+        with torch.cuda.device(device):
+            step(query, key, value, slope_rate, past_state, output, present_state, tile=tile)
+        return
+    query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
+    slope_rate = slope_rate.contiguous()
+    if tile is None:
+        tile = _tile(K, V, B * H, device)
+    numbers = (H, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
+    tensors = (query, key, value, slope_rate, past_state, output, present_state)
+    misalignment = tuple([x.data_ptr() % 16 for x in tensors])
+    constants = (K, V, 1 << (K - 1).bit_length(), tile.value_block)
+    key_of_launch = ("step", query.dtype, device, numbers, constants, tile.warps, misalignment)
+    grid = (B * H * -(-V // tile.value_block), 1, 1)
+    launch(step_kernel, key_of_launch, grid, tensors + numbers, constants, tile.warps)
 
 
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":  # interpreted
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+@cache
+def _tile(K: int, V: int, heads: int, device: torch.device) -> StepTile:
+    return step_tile(K, V, heads, processors(device))
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()

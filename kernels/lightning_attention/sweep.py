@@ -20,6 +20,8 @@ state) has float32 precision and would lose it as one bfloat16 operand, so it go
 the range of float32. float32 activations use IEEE float32 products.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 import triton
 import triton.language as tl
 
@@ -32,7 +34,8 @@ from tnllm_export.kernels.lightning_attention.arithmetic import (
 )
 
 
-@triton.jit
+# One variant for all numbers of tokens, heads and chunks.
+@triton.jit(do_not_specialize=("T", "H", "segment_chunks"))
 def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
     p_query,
     p_key,
@@ -186,7 +189,7 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
             output.store([t0, i_v * BV], tl.trans(o).to(p_output.dtype.element_ty))
             state = _advance(state, k, v, slope, count, C, REVERSE)
 
-        if STORE_STATE:  # noqa: SIM102: known when compiled
+        if STORE_STATE:  # noqa: SIM102
             if i_segment == n_segments - 1:
                 p_present_state += i_b.to(tl.int64) * present_stride_b + i_h.to(tl.int64) * present_stride_h
                 p_present = p_present_state + k_column[None, :] * present_stride_k

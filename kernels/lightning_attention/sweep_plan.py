@@ -39,6 +39,9 @@ class SweepPlan:
 CHAIN_CHUNKS = 8
 """Chunks of a segment in a chain: what all programs hold at once should fit into the L2 cache."""
 
+MAX_SEGMENTS = 65535
+"""The longest second axis of a grid."""
+
 RECOMPUTE_SEGMENTS = 4
 """Up to so many segments, walking the tokens before a segment again takes less time than handing states over."""
 
@@ -88,8 +91,13 @@ def sweep_plan(tile: SweepTile, columns: int, T: int, processors: int) -> SweepP
     if chunks <= RECOMPUTE_SEGMENTS * CHAIN_CHUNKS:
         segment_chunks = -(-chunks // min(wanted, RECOMPUTE_SEGMENTS))
         return SweepPlan("recompute", -(-chunks // segment_chunks), segment_chunks)
-    segment_chunks = min(-(-chunks // wanted), CHAIN_CHUNKS)
+    segment_chunks = max(min(-(-chunks // wanted), CHAIN_CHUNKS), -(-chunks // MAX_SEGMENTS))
     return SweepPlan("chain", -(-chunks // segment_chunks), segment_chunks)
+
+
+def key_block(K: int) -> int:
+    """Return BK, the rows of a state's tile: K, rounded up to a power of two."""
+    return max(_power_of_two(K), 16)
 
 
 def _power_of_two(size: int) -> int:

@@ -140,10 +140,11 @@ def test_gradients_in_float32_are_as_good_as_the_forward_pass(chunk_inputs):
 
 def test_ops_keep_the_rules_of_torch_library(chunk_inputs, step_inputs):
     inputs = chunk_inputs(2, 70, 2, 16, 32)
-    torch.library.opcheck(lightning_attention, inputs)
+    chunk, step = torch.ops.tnllm.lightning_attention.default, torch.ops.tnllm.lightning_attention_step.default
+    torch.library.opcheck(chunk, inputs)
     strided = [inputs[0].transpose(1, 2).contiguous().transpose(1, 2), *inputs[1:]]
-    torch.library.opcheck(lightning_attention, [tensor.requires_grad_() for tensor in strided[:5]] + strided[5:])
-    torch.library.opcheck(lightning_attention_step, step_inputs(2, 2, 16, 32))
+    torch.library.opcheck(chunk, [tensor.requires_grad_() for tensor in strided[:5]] + strided[5:])
+    torch.library.opcheck(step, step_inputs(2, 2, 16, 32))
 
 
 @pytest.mark.parametrize(
