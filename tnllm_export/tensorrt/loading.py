@@ -91,8 +91,9 @@ def logger(trt: Any) -> Any:
 def last_error(trt: Any) -> str:
     """Return the first error since the last call, in one line, and forget them all."""
     errors: list[str] = logger(trt).errors
-    # What is logged first is the cause; what follows is how it travelled up.
-    first = next((text for text in errors if "Error Code" in text or "ERROR" in text), errors[0] if errors else "")
+    # What is logged first is the cause, the rest how it travelled up; a word of our own plugins says most.
+    telling = [*(text for text in errors if text.startswith("tnllm::")), *(text for text in errors if "rror" in text)]
+    first = next(iter([*telling, *errors]), "")
     errors.clear()
     return " ".join(first.split()) or "no reason given"
 

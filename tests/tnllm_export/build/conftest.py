@@ -1,7 +1,6 @@
 """Bundles to build engines from. TensorRT-RTX builds real ones here, without a GPU."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
+from tests.plugins.fake import fake_library, shared_folder
 from tnllm_export.build import EngineOptions, build_engines
 from tnllm_export.bundle import Bundle, open_bundle
 from tnllm_export.demo import checkpoint_folder
@@ -37,8 +37,7 @@ MODELS = {
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Return `exported("demo", "float16", "matmul")`: a bundle to read, exported once for all workers."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    shared = shared_folder(tmp_path_factory.getbasetemp())
 
     def export(model: str, dtype: str, lowering: str) -> Bundle:
         folder = shared / f"exported-{model}-{dtype}-{lowering}"
@@ -62,6 +61,12 @@ def bundle_of(exported: Exported, tmp_path: Path) -> Exported:
         return open_bundle(Path(shutil.copytree(source, tmp_path / source.name)))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Our plugin library around kernels that are no code: engines are built with it, not run."""
+    return fake_library(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -10,6 +11,9 @@ from tnllm_export.api import EngineOptions, build
 from tnllm_export.build.options import parse_compute_capabilities
 from tnllm_export.errors import EngineBuildError, RuntimeMissingError
 from tnllm_export.targets import TARGETS
+
+# Not importorskip: it would import the package before ours does.
+needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX has no wheel for this platform")
 
 
 def one_line(error):
@@ -42,8 +46,8 @@ def test_compute_capabilities_are_read_in_both_spellings():
             parse_compute_capabilities((text,))
 
 
+@needs_rtx
 def test_a_gpu_that_tensorrt_rtx_does_not_know_is_named_with_the_way_out(exported):
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     with pytest.raises(EngineBuildError) as error:
         build(exported("tiny", "float16", "matmul"), options=EngineOptions(compute_capabilities=("9.0", "8.6")))
     assert "does not build for compute capability 9.0; expected some of 7.5, 8.0, 8.6" in one_line(error)
@@ -84,16 +88,16 @@ def test_without_tensorrt_one_line_names_the_extra(exported, monkeypatch, target
     assert f"pip install 'tnllm-export[{target.engine.extra}]'" in one_line(error)
 
 
+@needs_rtx
 def test_stripping_without_a_driver_says_what_works_instead(exported, monkeypatch):
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     monkeypatch.setattr("tnllm_export.build.pipeline.has_cuda_driver", lambda: False)
     with pytest.raises(EngineBuildError) as error:
         build(exported("tiny", "float16", "matmul"), options=EngineOptions(weights="stripped"))
     assert "--weights external" in one_line(error)
 
 
+@needs_rtx
 def test_a_graph_that_tensorrt_refuses_is_named_with_its_reason(bundle_of):
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     import onnx
 
     bundle = bundle_of("tiny", "float16", "matmul")
@@ -108,12 +112,12 @@ def test_a_graph_that_tensorrt_refuses_is_named_with_its_reason(bundle_of):
     assert not list(bundle.path.glob("engines/*/*"))
 
 
+@needs_rtx
 def test_the_command_line_prints_one_document_for_an_error_and_for_a_build(exported, bundle_of):
     from typer.testing import CliRunner
 
     from tnllm_export.cli.main import app
 
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
     bad = CliRunner().invoke(app, ["build", str(exported("tiny", "float16", "matmul").path), "--sm", "9.0", "--json"])
     assert bad.exit_code == EngineBuildError.exit_code
     assert json.loads(bad.stdout)["error"]["type"] == "EngineBuildError"

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 
@@ -13,7 +14,8 @@ from tnllm_export.bundle.engines import engines_of, find_engines
 from tnllm_export.errors import EngineMismatchError
 from tnllm_export.tensorrt import engine_target, import_tensorrt
 
-trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
+# Not importorskip: it would import the package before ours does.
+pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX has no wheel for this platform")
 
 RTX = "tensorrt-rtx"
 SMALL = EngineOptions(max_batch=3, max_prompt=65, opt_prompt=63)  # what `built_bundle` has

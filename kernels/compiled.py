@@ -1,0 +1,96 @@
+"""What compiling a kernel ahead of time yields, as data: the seam between Triton and the plugin library.
+
+No Triton here. `plugins/library.py` makes a C++ table of it, and `plugins/src/plan.cpp` chooses and launches.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+POINTERS = (
+    "query",
+    "key",
+    "value",
+    "slope_rate",
+    "past_state",
+    "lengths",
+    "output",
+    "present_state",
+    "carry",
+    "progress",
+    "scratch",
+    "profile_scratch",
+)
+"""Arguments that are addresses. The last two are Triton's own, behind all others: global scratch and profiling."""
+
+INTEGERS = (
+    "T",
+    "H",
+    "segment_chunks",
+    *(f"{name}_stride_{axis}" for name in ("query", "key", "value", "output") for axis in "bth"),
+    *(f"{name}_stride_{axis}" for name in ("past", "present") for axis in "bhkv"),
+)
+"""Arguments that are 32-bit integers. Tensors are dense, so strides follow from B, T, H, K and V."""
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One variant of one kernel for one compute capability, as `triton.compile` leaves it.
+
+    Pointers are multiples of 16 bytes, and so are the strides of rows: it may be compiled with that knowledge.
+
+    Attributes:
+        op: "LightningAttention" or "LightningAttentionStep".
+        compute_capability: 80, 86, 89, 90, 100, 120, …
+        dtype: Of query, key, value and output.
+        key_dim: K.
+        value_dim: V.
+        key_block: BK.
+        value_block: BV; the grid's first axis is B * H * ceil(V / BV).
+        chunk: C, tokens per chunk; 1 for the step.
+        handover: How segments of tokens get their state; "none" for the step.
+        programs_per_processor: By which segments are counted.
+        entry: The kernel's symbol in the cubin.
+        cubin: The code.
+        warps: Of one program.
+        shared_bytes: Dynamic shared memory.
+        scratch_bytes: Triton's global scratch per program, 0 without.
+        scratch_alignment: Of it.
+        arguments: Names of all parameters that the compiled kernel has, in order, from `POINTERS` and `INTEGERS`;
+            those that were specialised away are left out.
+    """
+
+    op: str
+    compute_capability: int
+    dtype: Literal["float32", "float16", "bfloat16"]
+    key_dim: int
+    value_dim: int
+    key_block: int
+    value_block: int
+    chunk: int
+    handover: Literal["none", "recompute", "chain"]
+    programs_per_processor: int
+    entry: str
+    cubin: bytes
+    warps: int
+    shared_bytes: int
+    scratch_bytes: int
+    scratch_alignment: int
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """All kernels of a library, and the constants of the rules that choose among them.
+
+    Attributes:
+        kernels: At least the handover "none" for each op, dtype, K, V and compute capability.
+        chain_chunks: `sweep_plan.CHAIN_CHUNKS`.
+        recompute_segments: `sweep_plan.RECOMPUTE_SEGMENTS`.
+        step_values: Values of the state per multiprocessor from which the step takes its widest block: the factor of
+            `processors` in `step_kernel.step_tile`.
+    """
+
+    kernels: tuple[CompiledKernel, ...]
+    chain_chunks: int
+    recompute_segments: int
+    step_values: int

@@ -1,0 +1,1 @@
+"""How TensorRT runs our ops: a C++ plugin library around kernels that were compiled ahead of time."""

@@ -1,0 +1,120 @@
+#include "launch.h"
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace tnllm {
+namespace {
+
+// Functions by context and kernel. Modules live as long as their context: the library is never unloaded before it.
+std::mutex gMutex;
+std::map<std::pair<CUcontext, Kernel const*>, CUfunction> gFunctions;
+
+CUfunction function(Plan const& plan, Device const& device, char const*& reason) noexcept
+try {
+    std::lock_guard<std::mutex> const lock(gMutex);
+    auto const key = std::make_pair(device.context, plan.kernel);
+    if (auto const found = gFunctions.find(key); found != gFunctions.end()) {
+        return found->second;
+    }
+    Driver const& cuda = *driver();
+    CUmodule module{};
+    CUfunction loaded{};
+    CUresult result = cuda.cuModuleLoadData(&module, kCubins + plan.kernel->cubinOffset);
+    result = result != 0 ? result : cuda.cuModuleGetFunction(&loaded, module, plan.kernel->entry);
+    if (result == 0 && plan.kernel->sharedBytes > kDefaultSharedBytes) {
+        result = cuda.cuFuncSetAttribute(loaded, kMaxDynamicSharedBytes, plan.kernel->sharedBytes);
+    }
+    if (result != 0) {
+        reason = errorName(result);
+        return nullptr;
+    }
+    gFunctions.emplace(key, loaded);
+    return loaded;
+} catch (...) {
+    reason = "out of host memory";
+    return nullptr;
+}
+
+int64_t integer(Argument argument, Call const& call, Plan const& plan) noexcept
+{
+    int64_t const keyRow = call.H * call.K;
+    int64_t const valueRow = call.H * call.V;
+    switch (argument) {
+    case Argument::T: return call.T;
+    case Argument::H: return call.H;
+    case Argument::segment_chunks: return plan.segmentChunks;
+    case Argument::query_stride_b:
+    case Argument::key_stride_b: return call.T * keyRow;
+    case Argument::query_stride_t:
+    case Argument::key_stride_t: return keyRow;
+    case Argument::query_stride_h:
+    case Argument::key_stride_h: return call.K;
+    case Argument::value_stride_b:
+    case Argument::output_stride_b: return call.T * valueRow;
+    case Argument::value_stride_t:
+    case Argument::output_stride_t: return valueRow;
+    case Argument::value_stride_h:
+    case Argument::output_stride_h: return call.V;
+    case Argument::past_stride_b:
+    case Argument::present_stride_b: return call.H * call.K * call.V;
+    case Argument::past_stride_h:
+    case Argument::present_stride_h: return call.K * call.V;
+    case Argument::past_stride_k:
+    case Argument::present_stride_k: return call.V;
+    default: return 1;  // past_stride_v, present_stride_v
+    }
+}
+
+}  // namespace
+
+bool load(Plan const& plan, Device const& device, char const*& reason) noexcept
+{
+    return function(plan, device, reason) != nullptr;
+}
+
+bool launch(Call const& call, Plan const& plan, Device const& device, Addresses addresses, void* workspace,
+    CUstream stream, char const*& reason) noexcept
+{
+    CUfunction const kernel = function(plan, device, reason);
+    if (kernel == nullptr) {
+        return false;
+    }
+    if (plan.workspaceBytes > 0 && workspace == nullptr) {
+        reason = "no workspace was given";
+        return false;
+    }
+    Driver const& cuda = *driver();
+    auto* const base = static_cast<unsigned char*>(workspace);
+    if (plan.kernel->handover == Handover::chain) {
+        CUresult const result = cuda.cuMemsetD32Async(reinterpret_cast<CUdeviceptr>(base), 0, 1 + plan.columns, stream);
+        if (result != 0) {
+            reason = errorName(result);
+            return false;
+        }
+        addresses.of[int(Argument::progress)] = base;
+        addresses.of[int(Argument::carry)] = base + plan.carryOffset;
+    }
+    addresses.of[int(Argument::scratch)] = plan.kernel->scratchBytes > 0 ? base + plan.scratchOffset : nullptr;
+
+    int32_t integers[kMaxArguments];
+    void* arguments[kMaxArguments];
+    for (int32_t i = 0; i < plan.kernel->argumentCount; ++i) {
+        Argument const argument = plan.kernel->arguments[i];
+        if (int(argument) < kPointers) {
+            arguments[i] = &addresses.of[int(argument)];
+        } else {
+            integers[i] = int32_t(integer(argument, call, plan));
+            arguments[i] = &integers[i];
+        }
+    }
+    CUresult const result = cuda.cuLaunchKernel(kernel, unsigned(plan.columns), unsigned(plan.segments), 1,
+        unsigned(plan.kernel->threads), 1, 1, unsigned(plan.kernel->sharedBytes), stream, arguments, nullptr);
+    if (result != 0) {
+        reason = errorName(result);
+    }
+    return result == 0;
+}
+
+}  // namespace tnllm

@@ -1,0 +1,66 @@
+"""A table of kernels that are no code, and the library around them: enough for all that runs without a GPU."""
+
+from itertools import product
+from pathlib import Path
+
+from filelock import FileLock
+
+from tnllm_export.kernels.compiled import CompiledKernel, KernelTable
+from tnllm_export.plugins.library import build_library
+
+CAPABILITIES = (80, 86, 120)
+HEAD_SIZES = ((32, 16), (16, 16), (96, 48), (48, 48))
+"""K and V of the tiny model and of the demo model, with and without LRPE."""
+
+CHUNK_ARGUMENTS = (
+    *("query", "key", "value", "slope_rate", "past_state", "lengths", "output", "present_state", "carry", "progress"),
+    *("T", "H", "segment_chunks", "query_stride_b", "past_stride_k", "scratch", "profile_scratch"),
+)
+STEP_ARGUMENTS = (
+    *("query", "key", "value", "slope_rate", "past_state", "output", "present_state"),
+    *("H", "query_stride_b", "query_stride_h", "scratch", "profile_scratch"),
+)
+
+
+def fake_table() -> KernelTable:
+    kernels = []
+    for capability, dtype, (K, V) in product(CAPABILITIES, ("float32", "float16", "bfloat16"), HEAD_SIZES):
+        for handover in ("none", "recompute", "chain"):
+            kernels.append(fake("LightningAttention", capability, dtype, K, V, 16, 64, handover, CHUNK_ARGUMENTS))
+        for block in (16, 32, 64):
+            kernels.append(fake("LightningAttentionStep", capability, dtype, K, V, block, 1, "none", STEP_ARGUMENTS))
+    return KernelTable(tuple(kernels), chain_chunks=8, recompute_segments=4, step_values=128 * 128 * 32)
+
+
+def fake(op, capability, dtype, K, V, block, chunk, handover, arguments) -> CompiledKernel:
+    return CompiledKernel(
+        op=op,
+        compute_capability=capability,
+        dtype=dtype,
+        key_dim=K,
+        value_dim=V,
+        key_block=1 << (K - 1).bit_length(),
+        value_block=block,
+        chunk=chunk,
+        handover=handover,
+        programs_per_processor=2,
+        entry=f"{op}_{handover}_{block}",
+        cubin=f"no code for {capability} {dtype}".encode(),
+        warps=4,
+        shared_bytes=1 << 16,
+        scratch_bytes=512 if capability == 120 else 0,
+        scratch_alignment=128,
+        arguments=arguments,
+    )
+
+
+def shared_folder(base: Path) -> Path:
+    """Return a folder that all workers of a test run share: each worker's own base is inside it."""
+    return base.parent if base.name.startswith("popen-") else base
+
+
+def fake_library(base: Path) -> Path:
+    """Compile the library once for all workers."""
+    cache = shared_folder(base) / "plugin-cache"
+    with FileLock(f"{cache}.lock"):
+        return build_library(fake_table(), cache=cache)
