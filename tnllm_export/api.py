@@ -5,10 +5,13 @@ Optional runtimes, ONNX and matplotlib are imported when a function needs them, 
 # ruff: noqa: PLC0415 - importing this module must stay quick
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tnllm_export.build import BuildResult, EngineOptions, build_engines
+from tnllm_export.build.options import parse_compute_capabilities
 from tnllm_export.bundle import DTYPES, Bundle, open_bundle
 from tnllm_export.errors import (
     BundleError,
@@ -61,6 +64,7 @@ __all__ = [
     "Workload",
     "WriteError",
     "build",
+    "build_plugin",
     "export",
     "generate",
     "generator",
@@ -169,6 +173,51 @@ def build(
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), progress=progress)
     return build_engines(opened, target, options or EngineOptions(), rebuild=rebuild, progress=progress)
+
+
+def build_plugin(
+    capabilities: Sequence[str] = (),
+    *,
+    bundle: Bundle | Path | str | None = None,
+    output: Path | str | None = None,
+    include: Path | str | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Compile the TensorRT plugin library with g++ and Triton; no GPU is needed. Old results come from a cache.
+
+    Args:
+        capabilities: Compute capabilities of the GPUs that it shall run on, e.g. ("8.6", "120"); default: all that
+            there are.
+        bundle: Compile for the head sizes and the dtype of this bundle only; default: those of the released models.
+        output: Where to put the library; default: it stays in the cache.
+        include: Folder with TensorRT's headers; default: the variable TENSORRT_INCLUDE_DIR, else those that the package
+            kernel-lens carries.
+        progress: Told what is being compiled.
+
+    Returns:
+        The library's path.
+
+    Raises:
+        BundleError: No sound bundle.
+        EngineError: No compiler, no headers, no Triton, or an error of a compiler.
+        WriteError: The library can't be written.
+    """
+    from tnllm_export.plugins.build import PluginOptions, build_plugin
+
+    options = PluginOptions()
+    if capabilities:
+        parsed = parse_compute_capabilities(tuple(capabilities))
+        options = replace(options, capabilities=tuple(int(text.replace(".", "")) for text in parsed))
+    if bundle is not None:
+        manifest = (bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), check=False)).manifest
+        shapes = (manifest.config.state_shape(layer, 1) for layer in range(manifest.config.decoder_layers))
+        options = replace(options, head_sizes=tuple(sorted({shape[2:] for shape in shapes})), dtypes=(manifest.dtype,))
+    return build_plugin(
+        options,
+        output=None if output is None else Path(output),
+        include=None if include is None else Path(include),
+        progress=progress,
+    )
 
 
 def verify(

@@ -38,6 +38,7 @@ PUBLIC = [
     "Workload",
     "WriteError",
     "build",
+    "build_plugin",
     "export",
     "generate",
     "generator",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tnllm_export.cli import build, demo, export, generate, inspect, train_demo, verify
+from tnllm_export.cli import build, build_plugin, demo, export, generate, inspect, train_demo, verify
 from tnllm_export.version import __version__
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("export", epilog=export.EPILOG)(export.export)
 app.command("verify", epilog=verify.EPILOG)(verify.verify)
 app.command("generate", epilog=generate.EPILOG)(generate.generate)
 app.command("build", epilog=build.EPILOG)(build.build)
+app.command("build-plugin", epilog=build_plugin.EPILOG)(build_plugin.build_plugin)
 app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
 app.command("train-demo", epilog=train_demo.EPILOG)(train_demo.train_demo)
 
