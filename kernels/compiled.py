@@ -84,13 +84,13 @@ class KernelTable:
 
     Attributes:
         kernels: At least the handover "none" for each op, dtype, K, V and compute capability.
-        chain_chunks: `sweep_plan.CHAIN_CHUNKS`.
+        long_segment: `sweep_plan.LONG_SEGMENT`.
         recompute_segments: `sweep_plan.RECOMPUTE_SEGMENTS`.
         step_values: Values of the state per multiprocessor from which the step takes its widest block: the factor of
             `processors` in `step_kernel.step_tile`.
     """
 
     kernels: tuple[CompiledKernel, ...]
-    chain_chunks: int
+    long_segment: int
     recompute_segments: int
     step_values: int

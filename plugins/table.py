@@ -62,7 +62,7 @@ def _lines(table: KernelTable, offsets: dict[bytes, int], code: Path) -> Iterabl
     yield "};\n"
     yield f"extern int32_t const kKernelCount = {len(table.kernels)};\n"
     yield "extern unsigned char const* const kCubins = tnllm_cubins;\n"
-    yield f"extern int32_t const kChainChunks = {table.chain_chunks};\n"
+    yield f"extern int32_t const kLongSegment = {table.long_segment};\n"
     yield f"extern int32_t const kRecomputeSegments = {table.recompute_segments};\n"
     yield f"extern int64_t const kStepValues = {table.step_values};\n\n"
     yield "}  // namespace tnllm\n"

@@ -10,8 +10,9 @@ With G_t the gradient of the state after token t, which decays backwards in time
 so each is the same sweep over other tensors, and nothing but the inputs is kept for the backward.
 """
 
+import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -26,9 +27,11 @@ from tnllm_export.kernels.lightning_attention.launch import (
 )
 from tnllm_export.kernels.lightning_attention.sweep import sweep_kernel
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
+    HOPPER_TILE,
     Activation,
     SweepPlan,
     SweepTile,
+    fits_hopper,
     key_block,
     sweep_plan,
     sweep_tile,
@@ -160,33 +163,42 @@ def _cut(
     plan: SweepPlan | None,
 ) -> _Cut:
     B, T, H, K = shape
-    tile = tile or sweep_tile(K, V, _ACTIVATIONS[dtype], capability(device))
+    activation = _ACTIVATIONS[dtype]
+    if tile is None:
+        hopper = capability(device) == 90 and fits_hopper(K, V, activation) and _hopper_kernel() is not None
+        tile = HOPPER_TILE if hopper else sweep_tile(K, V, activation, capability(device))
     columns = B * H * -(-V // tile.value_block)
     plan = plan or sweep_plan(tile, columns, T, processors(device))
     BK = key_block(K)
     chain = plan.handover == "chain"
     *activations, past, present = strides
     return _Cut(
-        kernel=sweep_kernel,
+        kernel=sweep_kernel if tile.kernel == "portable" else _hopper_kernel(),
         grid=(columns, plan.segments, 1),
         numbers=(T, H, plan.segment_chunks, *(n for stride in activations for n in stride[:3]), *past, *present),
-        # K, V, BK, BV, C, REVERSE, HANDOVER, STORE_STATE, STATE_STAGES, STAGES
-        constants=(
-            K,
-            V,
-            BK,
-            tile.value_block,
-            tile.chunk,
-            reverse,
-            plan.handover,
-            store_state,
-            tile.state_stages,
-            tile.stages,
-        ),
+        constants=_constants(K, V, tile, plan, reverse, store_state),
         warps=tile.warps,
         carry=2 * columns * BK * tile.value_block if chain else 0,
         progress=1 + columns if chain else 0,
     )
+
+
+def _constants(K: int, V: int, tile: SweepTile, plan: SweepPlan, reverse: bool, store_state: bool) -> tuple[Any, ...]:
+    if tile.kernel == "hopper":
+        return K, V, reverse, plan.handover, store_state
+    sizes = K, V, key_block(K), tile.value_block, tile.chunk
+    return *sizes, reverse, plan.handover, store_state, tile.state_stages, tile.stages
+
+
+@cache
+def _hopper_kernel() -> Any:
+    """None where this Triton's Gluon is not the one that the kernel is written for."""
+    try:
+        from tnllm_export.kernels.lightning_attention.sweep_hopper import sweep_hopper_kernel  # noqa: PLC0415
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f"the kernel for Hopper is left out, which costs time: {error}", stacklevel=2)
+        return None
+    return sweep_hopper_kernel
 
 
 def _like(x: Tensor) -> Tensor:

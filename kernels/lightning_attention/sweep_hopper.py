@@ -1,12 +1,12 @@
 """The sweep (see `sweep.py`) for Hopper GPUs, bfloat16 and key rows of 64 or 128: the same cut, the same arithmetic.
 
-Triton's own pipelining starts a chunk's loads when the chunk before it is done, and waits for each matrix product. Here,
-in Gluon, Triton's lower level, copies and matrix products run behind the arithmetic:
+Triton's own pipelining starts a chunk's loads when the chunk before it is done, and waits for each matrix product.
+Here, in Gluon, Triton's lower level, copies and matrix products run behind the arithmetic:
 
-    Kᵀ... scores = K Qᵀ          while the state is taken in two parts
-    O = S Qᵀ                      while the scores decay
-    O += Vᵀ scores                while the values decay
-    S = decay S + Vᵀ K            while O is written
+    scores = K Qᵀ           while the state is taken in two parts
+    O = S Qᵀ                while the scores decay
+    O += Vᵀ scores          while the values decay
+    S = decay S + Vᵀ K      while O is written
 
 and the copy engine fills one buffer of queries, keys and values while the other is used. A program of four warps owns
 64 columns of the state; two programs share a multiprocessor, one computing where the other waits.
@@ -29,6 +29,7 @@ C = gl.constexpr(64)  # tokens per chunk
 BV = gl.constexpr(64)  # columns of the state
 LOG2_E = gl.constexpr(1.4426950408889634)
 SLOW_RATE = gl.constexpr(0.6931471805599453)
+NEGLIGIBLE = gl.constexpr(60.0)  # exp(-60) is 1e-26: what has decayed so far is not looked at
 STATE_STAGES = gl.constexpr(4)
 STAGES = gl.constexpr(2)
 
@@ -162,7 +163,7 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
                 column,
                 n_chunks,
                 length,
-                value_operand,
+                state_layout,
                 REVERSE,
             )
             _load(query, key, value, rows, columns, barriers, first, 0, end, column, n_chunks, REVERSE)
@@ -183,7 +184,7 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
                     column,
                     n_chunks,
                     length,
-                    value_operand,
+                    state_layout,
                     REVERSE,
                 )
             _load(query, key, value, rows, columns, barriers, first, 0, end, column, n_chunks, REVERSE)
@@ -205,8 +206,7 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
                 count = segment_chunks * C
                 if REVERSE:
                     count = gl.minimum((n_chunks - first) * C, length) - (n_chunks - first - segment_chunks) * C
-                keep, change = _decay_factors(slope * count)
-                after = gl.fma(before, before * 0.0 + change, before * keep) + state
+                after = _decayed(before, slope * count) + state
                 gl.store(p_slots + ((i_segment + 1) % 2) * slot_stride, after, cache_modifier=".cg")
                 # All threads' stores come before the release.
                 _barrier()
@@ -262,11 +262,14 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
             fence_async_shared()
             _barrier()
 
-            o = warpgroup_mma_wait(0, deps=(o,)) * inter
+            o, high, low = warpgroup_mma_wait(0, deps=(o, high, low))
+            o = o * inter
             o = warpgroup_mma(v, score_high, o, is_async=True)
             o = warpgroup_mma(v, score_low, o, is_async=True)
 
-            state, debt = _advance(state, debt, k, v, slope, rate, count, value_row, value_operand, REVERSE)
+            state, v_high, v_low, debt = _advance(
+                state, debt, k, v, slope, rate, count, value_row, value_operand, REVERSE
+            )
 
             o = warpgroup_mma_wait(2, deps=(o,)).to(gl.bfloat16)
             # Every warp is done with the scores.
@@ -276,13 +279,13 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
             fence_async_shared()
             _barrier()
             tma.async_copy_shared_to_global(output, [t0, column], score_high)
-            state = warpgroup_mma_wait(0, deps=(state,))
+            state, v_high, v_low = warpgroup_mma_wait(0, deps=(state, v_high, v_low))
             # Every warp is done with the buffers.
             _barrier()
             _load(query, key, value, rows, columns, barriers, i + STAGES, stage, end, column, n_chunks, REVERSE)
         tma.store_wait(0)
 
-        if STORE_STATE:
+        if STORE_STATE:  # noqa: SIM102
             if i_segment == n_segments - 1:
                 p_present_state += i_b.to(gl.int64) * present_stride_b + i_h.to(gl.int64) * present_stride_h
                 p_present = p_present_state + k_index[None, :] * present_stride_k
@@ -303,38 +306,87 @@ def _walk(
     column,
     n_chunks,
     length,
-    value_operand: gl.constexpr,
+    state_layout: gl.constexpr,
     REVERSE: gl.constexpr,
 ):
-    """The state after chunks `begin` to `end`, without output."""
-    value_row = gl.arange(0, C, layout=gl.SliceLayout(0, value_operand)).to(gl.float32)
-    for early in gl.static_range(STATE_STAGES - 1):
-        _load_state(key, value, rows, columns, barriers, begin + early, early, end, column, n_chunks, REVERSE)
-    debt = slope * 0.0
-    for i in range(begin, end):
-        n = i - begin
-        stage = n % STATE_STAGES
-        t0 = _chunk_start(i, n_chunks, REVERSE)
-        count = gl.minimum(length - t0, C)
-        rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
-        mbarrier.wait(barriers.index(stage), (n // STATE_STAGES) & 1)
-        # Every warp is done with the chunk before, whose buffers are loaded next.
-        _barrier()
-        ahead = STATE_STAGES - 1
-        _load_state(
-            key, value, rows, columns, barriers, i + ahead, (n + ahead) % STATE_STAGES, end, column, n_chunks, REVERSE
-        )
-        k = rows.index(stage)
-        v = columns.index(stage).permute((1, 0))
-        state, debt = _advance(state, debt, k, v, slope, rate, count, value_row, value_operand, REVERSE)
-        state = warpgroup_mma_wait(0, deps=(state,))
+    """The state after chunks `begin` to `end`, without output: one long sum of values that decay until the end."""
+    # First and last token.
+    if REVERSE:
+        low = (n_chunks - end) * C
+        high = gl.minimum((n_chunks - begin) * C, length) - 1
+    else:
+        low = begin * C
+        high = gl.minimum(end * C, length) - 1
+    state = _decayed(state, slope * gl.maximum(high + 1 - low, 0))
+    seen = gl.minimum(NEGLIGIBLE / gl.maximum(slope, 1e-6) / C, 1e6).to(gl.int32) + 2
+    begin = gl.maximum(begin, end - seen)
+    if begin < end:
+        rate = -slope * LOG2_E
+        for early in gl.static_range(STATE_STAGES):
+            _load_state(key, value, rows, columns, barriers, begin + early, early, end, column, n_chunks, REVERSE)
+        odd = (end - begin) & 1
+        if odd != 0:
+            upper, lower = _decayed_values(
+                columns, barriers, 0, begin, 0, rate, low, high, n_chunks, state_layout, REVERSE
+            )
+            sum_ = warpgroup_mma(upper, rows.index(0), state, is_async=True)
+            sum_ = warpgroup_mma(lower, rows.index(0), sum_, is_async=True)
+            state, upper, lower = warpgroup_mma_wait(0, deps=(sum_, upper, lower))
+            _barrier()
+            _load_state(key, value, rows, columns, barriers, begin + STATE_STAGES, 0, end, column, n_chunks, REVERSE)
+        for i in range(begin + odd, end, 2):
+            n = i - begin
+            stage = n % STATE_STAGES
+            other = (n + 1) % STATE_STAGES
+            # The operands of a product stay where they are until it is done: the loop begins with none under way.
+            upper, lower = _decayed_values(
+                columns, barriers, stage, i, (n // STATE_STAGES) & 1, rate, low, high, n_chunks, state_layout, REVERSE
+            )
+            sum_ = warpgroup_mma(upper, rows.index(stage), state, is_async=True)
+            sum_ = warpgroup_mma(lower, rows.index(stage), sum_, is_async=True)
+            other_upper, other_lower = _decayed_values(
+                columns,
+                barriers,
+                other,
+                i + 1,
+                ((n + 1) // STATE_STAGES) & 1,
+                rate,
+                low,
+                high,
+                n_chunks,
+                state_layout,
+                REVERSE,
+            )
+            sum_ = warpgroup_mma(other_upper, rows.index(other), sum_, is_async=True)
+            sum_ = warpgroup_mma(other_lower, rows.index(other), sum_, is_async=True)
+            state, upper, lower, other_upper, other_lower = warpgroup_mma_wait(
+                0, deps=(sum_, upper, lower, other_upper, other_lower)
+            )
+            # Every warp is done with both chunks.
+            _barrier()
+            ahead = i + STATE_STAGES
+            _load_state(key, value, rows, columns, barriers, ahead, stage, end, column, n_chunks, REVERSE)
+            _load_state(key, value, rows, columns, barriers, ahead + 1, other, end, column, n_chunks, REVERSE)
     _barrier()
     return state
 
 
 @gluon.jit
+def _decayed_values(
+    columns, barriers, stage, i, phase, rate, low, high, n_chunks, state_layout: gl.constexpr, REVERSE: gl.constexpr
+):
+    """Wait for a chunk and take its values, [BV, C], decayed until the end of the walk, in two parts."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
+    token = _chunk_start(i, n_chunks, REVERSE) + gl.arange(0, C, layout=gl.SliceLayout(0, operand))
+    left = token - low + 1 if REVERSE else high - token
+    decay = gl.exp2(rate * gl.maximum(left, 0))
+    mbarrier.wait(barriers.index(stage), phase)
+    return _split(columns.index(stage).permute((1, 0)).load(operand).to(gl.float32) * decay[None, :])
+
+
+@gluon.jit
 def _advance(state, debt, k, v, slope, rate, count, value_row, value_operand: gl.constexpr, REVERSE: gl.constexpr):
-    """Start to bring the state past a chunk of `count` tokens; returns it unfinished."""
+    """Start to bring the state past a chunk of `count` tokens; the products' operands must outlive it."""
     exponent = rate * value_row
     exponent = exponent + rate if REVERSE else gl.minimum(rate * (count - 1) - exponent, 0.0)
     # [BV, C]
@@ -346,7 +398,14 @@ def _advance(state, debt, k, v, slope, rate, count, value_row, value_operand: gl
     decay = keep + owed
     debt = (keep - decay) + owed
     state = warpgroup_mma(high, k, state * decay, is_async=True)
-    return warpgroup_mma(low, k, state, is_async=True), debt
+    return warpgroup_mma(low, k, state, is_async=True), high, low, debt
+
+
+@gluon.jit
+def _decayed(state, rate):
+    """As `arithmetic.decayed`."""
+    keep, change = _decay_factors(rate)
+    return state * keep + state * change
 
 
 @gluon.jit

@@ -8,6 +8,8 @@ from typing import Literal
 
 Handover = Literal["none", "recompute", "chain"]
 Activation = Literal["float32", "float16", "bfloat16"]
+Kernel = Literal["portable", "hopper"]
+"""`sweep.py` or `sweep_hopper.py`."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class SweepTile:
     """Chunks in flight while the state alone is computed."""
     programs_per_processor: int
     """Programs that a multiprocessor holds at once: by it, segments are counted."""
+    kernel: Kernel = "portable"
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,24 @@ class SweepPlan:
     segment_chunks: int
 
 
-CHAIN_CHUNKS = 8
-"""Chunks of a segment in a chain: what all programs hold at once should fit into the L2 cache."""
+LONG_SEGMENT = 64
+"""Chunks of a segment, at most; and so many in all before segments hand their states over. Longer segments wait less
+for each other; shorter ones spread a short rest over the device."""
 
 MAX_SEGMENTS = 65535
 """The longest second axis of a grid."""
 
 RECOMPUTE_SEGMENTS = 4
 """Up to so many segments, walking the tokens before a segment again takes less time than handing states over."""
+
+HOPPER_TILE = SweepTile(
+    chunk=64, value_block=64, warps=4, stages=2, state_stages=4, programs_per_processor=2, kernel="hopper"
+)
+
+
+def fits_hopper(K: int, V: int, activation: Activation) -> bool:
+    """Whether `sweep_hopper.py` takes these head sizes."""
+    return activation == "bfloat16" and K in (64, 128) and V % HOPPER_TILE.value_block == 0
 
 
 def sweep_tile(K: int, V: int, activation: Activation, capability: int) -> SweepTile:
@@ -69,8 +82,8 @@ def sweep_tile(K: int, V: int, activation: Activation, capability: int) -> Sweep
             value_block=min(_power_of_two(V), 64),
             warps=8 if wide else 4,
             stages=2,
-            state_stages=4,
-            programs_per_processor=1,
+            state_stages=3,
+            programs_per_processor=1 if wide else 2,
         )
     return SweepTile(
         chunk=32,
@@ -85,13 +98,15 @@ def sweep_tile(K: int, V: int, activation: Activation, capability: int) -> Sweep
 def sweep_plan(tile: SweepTile, columns: int, T: int, processors: int) -> SweepPlan:
     """Cut T tokens of `columns` = B * H * (value blocks) independent walks for a device of `processors`."""
     chunks = max(-(-T // tile.chunk), 1)
-    wanted = processors * tile.programs_per_processor // max(columns, 1)
+    columns = max(columns, 1)
+    wanted = processors * tile.programs_per_processor // columns
     if wanted < 2 or chunks < 2:
         return SweepPlan("none", 1, chunks)
-    if chunks <= RECOMPUTE_SEGMENTS * CHAIN_CHUNKS:
-        segment_chunks = -(-chunks // min(wanted, RECOMPUTE_SEGMENTS))
+    if chunks <= LONG_SEGMENT:
+        segments = min(max(processors // columns, 2), RECOMPUTE_SEGMENTS)
+        segment_chunks = -(-chunks // segments)
         return SweepPlan("recompute", -(-chunks // segment_chunks), segment_chunks)
-    segment_chunks = max(min(-(-chunks // wanted), CHAIN_CHUNKS), -(-chunks // MAX_SEGMENTS))
+    segment_chunks = max(min(-(-chunks // wanted), LONG_SEGMENT), -(-chunks // MAX_SEGMENTS))
     return SweepPlan("chain", -(-chunks // segment_chunks), segment_chunks)
 
 

@@ -46,7 +46,7 @@ struct Kernel {
 extern Kernel const kKernels[];
 extern int32_t const kKernelCount;
 extern unsigned char const* const kCubins;
-extern int32_t const kChainChunks;
+extern int32_t const kLongSegment;
 extern int32_t const kRecomputeSegments;
 extern int64_t const kStepValues;
 

@@ -78,14 +78,15 @@ bool chooseChunk(Call const& call, int32_t capability, int32_t processors, Plan&
     if (wanted < 2 || chunks < 2) {
         return true;
     }
-    bool const few = chunks <= int64_t(kRecomputeSegments) * kChainChunks;
+    bool const few = chunks <= kLongSegment;
     Kernel const* cut = withHandover(call, capability, few ? Handover::recompute : Handover::chain);
     if (cut == nullptr) {
         return true;
     }
     plan.kernel = cut;
-    plan.segmentChunks = few ? ceilDiv(chunks, std::min<int64_t>(wanted, kRecomputeSegments))
-                             : std::min<int64_t>(ceilDiv(chunks, wanted), kChainChunks);
+    int64_t const spread = std::max<int64_t>(processors / std::max<int64_t>(plan.columns, 1), 2);
+    plan.segmentChunks = few ? ceilDiv(chunks, std::min<int64_t>(spread, kRecomputeSegments))
+                             : std::min<int64_t>(ceilDiv(chunks, wanted), kLongSegment);
     plan.segments = ceilDiv(chunks, plan.segmentChunks);
     return true;
 }
@@ -147,7 +148,7 @@ size_t largestWorkspace(Call const& call) noexcept
         }
         // A smaller batch has more segments per column, but never more programs than a full device wants.
         int64_t const columns = columnsOf(kernel, call);
-        int64_t const segments = std::max<int64_t>(ceilDiv(ceilDiv(call.T, kernel.C), kChainChunks), 1);
+        int64_t const segments = std::max<int64_t>(ceilDiv(ceilDiv(call.T, kernel.C), kLongSegment), 1);
         int64_t const programs = std::max(columns * segments, kMostProcessors * kernel.programsPerProcessor);
         bool const step = call.op == Op::LightningAttentionStep;
         Plan plan{&kernel, columns, 1, 1, 0, 0, 0};

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from tnllm_export.kernels.lightning_attention.step_kernel import step_tile
-from tnllm_export.kernels.lightning_attention.sweep_plan import CHAIN_CHUNKS, RECOMPUTE_SEGMENTS, SweepTile, sweep_plan
+from tnllm_export.kernels.lightning_attention.sweep_plan import LONG_SEGMENT, RECOMPUTE_SEGMENTS, SweepTile, sweep_plan
 from tnllm_export.plugins.library import SOURCES
 from tnllm_export.plugins.table import TABLE, write_table
 
@@ -69,7 +69,7 @@ def ask(shim, op, B, T, H, K, V, capability, processors):
 
 @pytest.mark.parametrize("processors", [20, 132])
 def test_the_chunk_op_is_cut_as_triton_cuts_it(table, plans, processors):
-    assert (table.chain_chunks, table.recompute_segments) == (CHAIN_CHUNKS, RECOMPUTE_SEGMENTS)
+    assert (table.long_segment, table.recompute_segments) == (LONG_SEGMENT, RECOMPUTE_SEGMENTS)
     tile = SweepTile(chunk=64, value_block=16, warps=4, stages=1, state_stages=1, programs_per_processor=2)
     seen = set()
     for B, T, H in CALLS:
