@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from tnllm_export.bundle import files
+from tnllm_export.bundle.direct import DirectFile
 from tnllm_export.bundle.layout import DTYPES, WeightsLayout
 from tnllm_export.bundle.manifest import MANIFEST, WEIGHTS, FileRecord, Manifest, check_relative_name
 from tnllm_export.bundle.reader import Bundle, is_bundle
 from tnllm_export.errors import BundleExistsError, WriteError
 from tnllm_export.models.finite import check_cast
 from tnllm_export.progress import Progress, silent
+
+_PIECE_BYTES = 1 << 23
+"""How much of a weight is cast, checked and copied at once: little enough to stay in a processor's cache meanwhile."""
 
 _ADDED_LATER = ("engines/", "reports/")
 """Folders that other commands add to a bundle; they go with it when it is replaced."""
@@ -98,7 +102,7 @@ class BundleWriter:
                 f"{self.path}: the disk is full: {layout.total_bytes} bytes of weights, {free} bytes free; "
                 "free some space or choose another path"
             )
-        with files.reporting_write_errors(self.path), files.HashedFile(self._partial / WEIGHTS) as file:
+        with files.reporting_write_errors(self.path), DirectFile(self._partial / WEIGHTS) as file:
             file.write(layout.header)
             done = len(layout.header)
             for (name, tensor), expected in zip(tensors, layout.weights.values(), strict=True):
@@ -107,10 +111,12 @@ class BundleWriter:
                         f"got {name} {list(tensor.shape)}; the layout has {expected.spec.name} "
                         f"{list(expected.spec.shape)} here"
                     )
-                for source in torch.split(tensor.detach().reshape(-1), files.PIECE_BYTES // 4):
-                    piece = source.to(DTYPES[expected.spec.dtype])
+                dtype = DTYPES[expected.spec.dtype]
+                size = _PIECE_BYTES // max(tensor.itemsize, dtype.itemsize)
+                for source in torch.split(tensor.detach().reshape(-1), size):
+                    piece = source.to(dtype)
                     check_cast(name, source, piece)
-                    file.write(piece.view(torch.uint8).numpy().data)
+                    file.write(piece.view(torch.uint8).numpy())
                     done += piece.nbytes
                     progress("writing weights", done, layout.total_bytes, "bytes")
             self._files[WEIGHTS] = file.settle()

@@ -1,11 +1,13 @@
-"""Both ONNX graphs of a model: trace one layer of each kind, build, repeat the layers, point to the weights."""
+"""Both ONNX graphs of a model: trace one layer of each kind, build, repeat the layers, point to the weights, write."""
 
 from collections.abc import Mapping
 
+import onnx
 import onnx_ir as ir
 from torch import Tensor
 
-from tnllm_export.bundle import DTYPES, WEIGHTS, WeightsLayout
+from tnllm_export.bundle import DTYPES, WEIGHTS, BundleWriter, GraphRecord, Port, WeightsLayout
+from tnllm_export.errors import ExportError
 from tnllm_export.export.programs import MODEL, trace_programs
 from tnllm_export.graphs.passes.external_weights import ExternalWeight
 from tnllm_export.graphs.pipeline import Program, build_graph
@@ -67,6 +69,30 @@ def export_graphs(
     return graphs
 
 
+def write_graph(writer: BundleWriter, name: str, graph: ir.Model) -> None:
+    """Write a graph into a bundle and check it; the checker wants to see the weights file beside it.
+
+    Raises:
+        ExportError: It is not valid ONNX.
+        WriteError: Disk full, or no permission.
+    """
+    file = f"{name}.onnx"
+    writer.write_bytes(file, ir.to_proto(graph).SerializeToString(deterministic=True))
+    try:
+        onnx.checker.check_model(str(writer.folder / file))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the {name} graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+
+
+def describe_graph(name: str, model: ir.Model) -> GraphRecord:
+    """Return what the manifest says of a graph."""
+    return GraphRecord(
+        file=f"{name}.onnx",
+        inputs=tuple(_port(value) for value in model.graph.inputs),
+        outputs=tuple(_port(value) for value in model.graph.outputs),
+    )
+
+
 def _layer_kinds(config: TransnormerConfig) -> tuple[int, ...]:
     """Number the kinds of layers in order of appearance: the first, and the others with and without LRPE.
 
@@ -91,3 +117,10 @@ def _decay_rates(config: TransnormerConfig) -> Mapping[str, Tensor]:
         )
         for layer in range(config.decoder_layers)
     }
+
+
+def _port(value: ir.Value) -> Port:
+    assert value.dtype is not None
+    assert value.shape is not None
+    dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+    return Port(name=str(value.name), dtype=value.dtype.numpy().name, shape=dims)

@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tnllm_export.errors import (
     CheckpointNotFoundError,
@@ -113,8 +115,7 @@ def open_weights(config: TransnormerConfig, weights: Path) -> Checkpoint:
 
 def expected_tensors(config: TransnormerConfig) -> dict[str, tuple[int, ...]]:
     """Return name and shape of each tensor of the model's state dict, in its order. A tied head is left out."""
-    with torch.device("meta"):
-        model = TransnormerForCausalLM(config)
+    model = _hollow_model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes[_HEAD]
@@ -135,9 +136,7 @@ def load_model(
         NonFiniteWeightsError: A weight is NaN or infinite, or too large for `dtype`.
     """
     config = checkpoint.config
-    # Made without memory and without drawing random weights; each parameter is then put in its place.
-    with torch.device("meta"):
-        model = TransnormerForCausalLM(config)
+    model = _hollow_model(config)  # each parameter is then put in its place
     weights = {}
     done = 0
     for name, stored in checkpoint.stream(checkpoint.tensors):
@@ -153,6 +152,27 @@ def load_model(
         rates = slope_rates(config.decay_type, layer, config.decoder_layers, config.decoder_attention_heads)
         mixer.slope_rate = rates.to(accumulator_dtype(dtype))
     return model.eval()
+
+
+class _Hollow(TorchFunctionMode):
+    """Makes matrices without memory and draws nothing into them.
+
+    `torch.device("meta")` alone computes what little there is to compute in Python, and loads torch's compiler for it,
+    which takes a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace `torch.empty` and the functions of `torch.nn.init`."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
+
+
+def _hollow_model(config: TransnormerConfig) -> TransnormerForCausalLM:
+    """Return a model that has names and shapes but holds no weights."""
+    with _Hollow():
+        return TransnormerForCausalLM(config)
 
 
 @dataclass(frozen=True)

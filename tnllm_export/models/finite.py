@@ -5,19 +5,25 @@ from torch import Tensor
 
 from tnllm_export.errors import NonFiniteWeightsError
 
+_SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers as wide as a floating-point number, by its bytes."""
+
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite.
 
-    The extremes tell: NaN wins every comparison in `aminmax`, and an infinity is one of them. This reads memory at
-    full speed and allocates nothing, where `isfinite().all()` makes a mask and is forty times slower in bfloat16.
+    IEEE numbers of one sign are ordered as their bits are: infinity is above all finite numbers, NaN above infinity.
+    So the greatest of the bits tells, as signed integers for the positive numbers and as unsigned for the negative
+    ones. This reads memory at full speed and allocates nothing, where `isfinite().all()` makes a mask and is forty
+    times slower in bfloat16.
     """
     if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
         return True
-    low, high = torch.aminmax(tensor)
-    return bool(low.isfinite()) and bool(high.isfinite())
-
-
+    infinity = torch.tensor(torch.inf, dtype=tensor.dtype).view(_SIGNED[tensor.itemsize]).item()
+    bits = tensor.contiguous().view(_SIGNED[tensor.itemsize]).numpy()
+    unsigned = bits.view(f"u{bits.itemsize}")
+    sign = 1 << (8 * bits.itemsize - 1)
+    return bool(bits.max() < infinity) and bool(unsigned.max() < infinity + sign)
 def check_cast(name: str, source: Tensor, cast: Tensor) -> None:
     """Check what became of a weight, or a piece of it, that was cast.
 

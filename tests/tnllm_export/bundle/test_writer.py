@@ -20,7 +20,7 @@ def test_weights_are_cast_and_written_where_they_were_planned(place: Path, manif
     tensors = {"big": torch.randn(2100, 2003), "t": torch.randn(3, 5).t(), "scalar": torch.tensor(7.0)}
     layout = plan_weights(
         [
-            TensorSpec("big", "bfloat16", (2100, 2003)),  # more than one piece
+            TensorSpec("big", "bfloat16", (2100, 2003)),  # more than one piece of 8 MiB, as float32
             TensorSpec("t", "float32", (5, 3)),
             TensorSpec("scalar", "float16", ()),
         ]
