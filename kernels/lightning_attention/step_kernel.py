@@ -6,7 +6,6 @@ included, is that of `step.py`.
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -17,26 +16,10 @@ from torch import Tensor
 from tnllm_export.kernels.lightning_attention.arithmetic import decay_factors
 from tnllm_export.kernels.lightning_attention.launch import is_current, launch, processors
 from tnllm_export.kernels.lightning_attention.step import DITHER, DITHER_FREQUENCY
+from tnllm_export.kernels.lightning_attention.step_plan import StepTile, step_tile
 
 _DITHER = tl.constexpr(DITHER)
 _DITHER_FREQUENCY = tl.constexpr(DITHER_FREQUENCY)
-
-
-@dataclass(frozen=True)
-class StepTile:
-    """Compile-time sizes of one kernel variant."""
-
-    value_block: int
-    """Columns of the state that one program owns, BV."""
-    warps: int
-
-
-def step_tile(K: int, V: int, heads: int, processors: int) -> StepTile:
-    """Return the tile for `heads` = B * H heads: wide rows where they fill the device, narrow ones where not."""
-    block = min(1 << (V - 1).bit_length(), 64)
-    while block > 16 and heads * -(-V // block) * K * block < 128 * 128 * 32 * processors:
-        block //= 2
-    return StepTile(value_block=block, warps=2 if block == 16 else 4)
 
 
 @triton.jit

@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 from tnllm_export.kernels.lightning_attention import lightning_attention_step
 from tnllm_export.kernels.lightning_attention.reference import lightning_attention_step_reference
 from tnllm_export.kernels.lightning_attention.step import lightning_attention_step_pytorch
-from tnllm_export.kernels.lightning_attention.step_kernel import StepTile, step, step_tile
+from tnllm_export.kernels.lightning_attention.step_kernel import step
+from tnllm_export.kernels.lightning_attention.step_plan import StepTile, step_tile
 
 SHAPES = [(1, 1, 16, 16), (3, 2, 48, 80), (2, 3, 128, 16), (2, 1, 16, 256), (1, 2, 256, 128)]
 # The output is rounded once; bfloat16 is cut off by Triton's interpreter. The state is float32 whatever comes in.

@@ -1,0 +1,58 @@
+"""A short run of every kind of kernel, for NVIDIA's compute-sanitizer.
+
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck python tests/kernels/lightning_attention/sanitize.py
+
+and the same with `--tool racecheck` and `--tool synccheck`. Without the allocator's cache every tensor has its own
+memory, so that an access beyond its end is seen.
+"""
+
+from itertools import product
+
+import torch
+
+from tnllm_export.kernels.lightning_attention import lightning_attention, lightning_attention_step
+from tnllm_export.kernels.lightning_attention.chunk import sweep
+from tnllm_export.kernels.lightning_attention.launch import capability
+from tnllm_export.kernels.lightning_attention.sweep_plan import Handover, SweepPlan, sweep_tile
+
+PLANS: dict[Handover, int] = {"none": 1, "recompute": 3, "chain": 5}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def inputs(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [
+        torch.randn(B, T, H, K, device="cuda").to(dtype),
+        torch.randn(B, T, H, K, device="cuda").to(dtype),
+        torch.randn(B, T, H, V, device="cuda").to(dtype),
+        torch.logspace(-3, 0, H, device="cuda"),
+        torch.randn(B, H, K, V, device="cuda"),
+        torch.tensor([T, 0, T // 2 + 1], dtype=torch.int32, device="cuda")[:B],
+    ]
+
+
+def main() -> None:
+    for (name, dtype), (K, V), (handover, segments) in product(DTYPES.items(), ((128, 128), (48, 80)), PLANS.items()):
+        tile = sweep_tile(K, V, name, capability(torch.device("cuda", torch.cuda.current_device())))  # type: ignore[arg-type]
+        chunks = 10
+        arguments = inputs(3, tile.chunk * chunks - 5, 1, K, V, dtype)
+        plan = SweepPlan(handover, segments, -(-chunks // segments))
+        for reverse in (False, True):
+            output, state = torch.empty_like(arguments[2]), torch.empty_like(arguments[4])
+            sweep(*arguments, output, state, reverse=reverse, plan=plan)
+            torch.cuda.synchronize()
+            assert output.isfinite().all()
+            assert state.isfinite().all()
+        print(name, K, V, handover, flush=True)
+    for dtype in DTYPES.values():
+        *activations, slope_rate, past_state, _ = inputs(3, 1, 2, 48, 80, dtype)
+        lightning_attention_step(*(x[:, 0] for x in activations), slope_rate, past_state)
+        leaves = [x.requires_grad_(i in (0, 1, 2, 4)) for i, x in enumerate(inputs(3, 300, 2, 48, 80, dtype))]
+        output, state = lightning_attention(*leaves)
+        (output.float().sum() + state.sum()).backward()
+        torch.cuda.synchronize()
+        print(dtype, "step and gradients", flush=True)
+
+
+if __name__ == "__main__":
+    main()

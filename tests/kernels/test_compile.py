@@ -1,0 +1,87 @@
+"""Kernels become machine code for every architecture without a GPU."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tnllm_export.errors import PluginBuildError
+from tnllm_export.kernels import compile as ahead_of_time
+from tnllm_export.kernels.compile import SHARED_BYTES, compile_table
+from tnllm_export.kernels.compiled import INTEGERS, POINTERS
+from tnllm_export.kernels.lightning_attention.step_plan import STEP_VALUES, step_tile
+from tnllm_export.kernels.lightning_attention.sweep_plan import LONG_SEGMENT, RECOMPUTE_SEGMENTS, sweep_plan, sweep_tile
+
+CHUNK, STEP = "LightningAttention", "LightningAttentionStep"
+
+
+@pytest.mark.slow
+def test_every_architecture_has_all_kernels_that_a_plan_may_choose():
+    reports = []
+    table = compile_table(tuple(SHARED_BYTES), ((32, 16),), ("bfloat16",), progress=lambda *a: reports.append(a))
+    assert (table.long_segment, table.recompute_segments, table.step_values) == (
+        LONG_SEGMENT,
+        RECOMPUTE_SEGMENTS,
+        STEP_VALUES,
+    )
+    assert reports[-1][1] == reports[-1][2] == len(table.kernels)
+    for sm in SHARED_BYTES:
+        kernels = [kernel for kernel in table.kernels if kernel.compute_capability == sm]
+        chunk = {kernel.handover: kernel for kernel in kernels if kernel.op == CHUNK}
+        step = {kernel.value_block: kernel for kernel in kernels if kernel.op == STEP}
+        assert len(chunk) + len(step) == len(kernels)
+        tile = sweep_tile(32, 16, "bfloat16", sm)
+        plans = [sweep_plan(tile, columns, T, 100) for columns in (1, 8, 1000) for T in (1, 300, 5000)]
+        assert {plan.handover for plan in plans} == chunk.keys()
+        assert {step_tile(32, 16, heads, 100).value_block for heads in (1, 1_000_000)} == step.keys()
+        for kernel in kernels:
+            assert kernel.cubin.startswith(b"\x7fELF")
+            # The ELF header's flags name the architecture.
+            flags = int.from_bytes(kernel.cubin[48:52], "little")
+            assert sm in (flags & 0xFF, flags >> 8 & 0xFF)
+            assert kernel.entry.encode() in kernel.cubin
+            assert kernel.shared_bytes <= SHARED_BYTES[sm]
+            assert set(kernel.arguments) <= {*POINTERS, *INTEGERS}
+            assert kernel.arguments[-2:] == ("scratch", "profile_scratch")
+            assert list(kernel.arguments) == sorted(
+                kernel.arguments, key=lambda name: ("scratch" in name, (*POINTERS, *INTEGERS).index(name))
+            )
+            # Tensor maps are made on the device from Hopper on.
+            assert (kernel.scratch_bytes > 0) == (kernel.op == CHUNK and sm >= 90)
+            assert kernel.scratch_alignment >= 1
+    assert len({kernel.cubin for kernel in table.kernels}) == len(table.kernels)
+
+
+def test_hopper_has_its_own_kernel_for_the_released_head_sizes():
+    table = compile_table((90,), ((64, 64), (80, 64)), ("bfloat16",))
+    entries = {(kernel.key_dim, kernel.entry) for kernel in table.kernels if kernel.op == CHUNK}
+    assert entries == {(64, "sweep_hopper_kernel"), (80, "sweep_kernel")}
+    for kernel in table.kernels:
+        assert (kernel.scratch_bytes > 0) == (kernel.op == CHUNK)
+
+
+def test_missing_triton_and_unknown_architectures_are_named(monkeypatch):
+    with pytest.raises(
+        PluginBuildError, match="found compute capability 75; expected some of 80, 86, 89, 90, 100, 120"
+    ):
+        compile_table((75, 80), ((16, 16),), ("float32",))
+    monkeypatch.setattr(ahead_of_time, "find_spec", lambda name: None)
+    with pytest.raises(PluginBuildError, match=r"found no Triton.*pip install"):
+        compile_table((80,), ((16, 16),), ("float32",))
+
+
+def test_a_kernel_that_needs_too_much_shared_memory_is_named(monkeypatch):
+    monkeypatch.setitem(SHARED_BYTES, 80, 16)
+    with pytest.raises(PluginBuildError, match=r"in float32 with K = 16 and V = 16 .* capability 80: found \d+ bytes"):
+        compile_table((80,), ((16, 16),), ("float32",), workers=1)
+
+
+def test_what_triton_cannot_compile_is_named(monkeypatch):
+    monkeypatch.setattr(ahead_of_time, "key_block", lambda K: 17)
+    with pytest.raises(PluginBuildError, match=r"Triton could not compile it .*power of 2"):
+        compile_table((80,), ((16, 16),), ("float32",), workers=1)
+
+
+def test_a_compiler_that_dies_is_named(monkeypatch):
+    monkeypatch.setattr(ahead_of_time, "_WORKER", "this")  # prints, and ends
+    with pytest.raises(PluginBuildError, match="the compiler's process ended"):
+        compile_table((80,), ((16, 16),), ("float32",), workers=1)
