@@ -1,4 +1,4 @@
-"""What is in a bundle or an ONNX file, and what can run it; no weight is read."""
+"""What is in a bundle, an ONNX file or a TensorRT engine, and what can run it; no weight is read."""
 # ruff: noqa: PLC0415 - onnx is imported when there is a graph to read
 
 from collections import Counter
@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnllm_export.bundle import Bundle, open_bundle
+from tnllm_export.bundle.engines import ENGINE_SUFFIX, RECORD, EngineSet, engines_of, is_current, read_engines
 from tnllm_export.errors import BundleCorruptError, BundleNotFoundError
 from tnllm_export.targets import TARGETS, Target
+from tnllm_export.tensorrt import engine_target
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto
@@ -80,12 +82,43 @@ class TargetVerdict:
 
 
 @dataclass(frozen=True)
+class EngineInfo:
+    """A pair of TensorRT engines in a bundle, prefill and decode.
+
+    Attributes:
+        path: Their folder.
+        target: What runs them, e.g. "tensorrt-rtx".
+        version: Of TensorRT.
+        gpus: Where they run: compute capabilities, or the GPU they were built on.
+        dtype: Of activations.
+        lowering: Which form the two ops have.
+        weights: "embedded", "external" or "stripped".
+        profile: Largest and optimal batch, and prompt of one prefill.
+        plugin: None, or whether the plugin library is "embedded" or "beside" the engines.
+        files: Size of each.
+        current: Whether they were built from the graphs and weights that the bundle has now; None outside a bundle.
+    """
+
+    path: str
+    target: str
+    version: str
+    gpus: str
+    dtype: str
+    lowering: str
+    weights: str
+    profile: dict[str, int]
+    plugin: str | None
+    files: dict[str, int]
+    current: bool | None
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What `inspect` found.
 
     Attributes:
         path: What was inspected.
-        kind: "bundle" or "onnx".
+        kind: "bundle", "onnx" or "engine".
         dtype: Of activations.
         lowering: Which form the two ops have.
         parameters: Of the model.
@@ -93,6 +126,7 @@ class Inspection:
         graphs: The ONNX files.
         targets: What can run it.
         bundle: For a bundle: model, logits, tokenizer, tools, source, parity; else None.
+        engines: The TensorRT engines.
     """
 
     path: str
@@ -104,6 +138,7 @@ class Inspection:
     graphs: tuple[GraphInfo, ...]
     targets: tuple[TargetVerdict, ...]
     bundle: dict[str, Any] | None
+    engines: tuple[EngineInfo, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return it in types that JSON has."""
@@ -111,13 +146,16 @@ class Inspection:
 
 
 def inspect(path: Path | str) -> Inspection:
-    """Inspect a bundle's folder or a single `.onnx` file.
+    """Inspect a bundle's folder, a single `.onnx` file, or an engine that lies in a bundle.
 
     Raises:
-        BundleNotFoundError: Neither is there.
+        BundleNotFoundError: None of them is there.
         BundleCorruptError: The bundle is broken (sizes are checked, checksums are not), or the file is no ONNX.
+        EngineMismatchError: An engine without the record that `tnllm build` writes beside it.
     """
     path = Path(path)
+    if path.suffix == ENGINE_SUFFIX or (path / RECORD).is_file():
+        return _inspect_engine(path)
     if path.is_dir():
         return _inspect_bundle(open_bundle(path, check=False))
     if not path.is_file():
@@ -143,6 +181,44 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
         graphs=graphs,
         targets=tuple(_judge(target, manifest.dtype, manifest.lowering, graphs, bundle=True) for target in TARGETS),
         bundle=manifest.model_dump(mode="json", include={"config", "logits", "tokenizer", "tools", "source", "parity"}),
+        engines=tuple(_engine(found, bundle) for found in engines_of(bundle.path)),
+    )
+
+
+def _inspect_engine(path: Path) -> Inspection:
+    if not path.exists():
+        raise BundleNotFoundError(f"{path}: no such file; expected an engine that `tnllm build` made")
+    engines = _engine(read_engines(path if path.is_dir() else path.parent), None)
+    return Inspection(
+        path=str(path),
+        kind="engine",
+        dtype=engines.dtype,
+        lowering=engines.lowering,
+        parameters=0,
+        bytes=path.stat().st_size if path.is_file() else sum(engines.files.values()),
+        graphs=(),
+        targets=(TargetVerdict(engines.target, True, ()),),
+        bundle=None,
+        engines=(engines,),
+    )
+
+
+def _engine(found: EngineSet, bundle: Bundle | None) -> EngineInfo:
+    spec = found.spec
+    target = engine_target(spec.target)
+    gpus = spec.device or ", ".join(spec.compute_capabilities) or target.compute_capabilities
+    return EngineInfo(
+        path=str(found.path),
+        target=spec.target,
+        version=spec.version,
+        gpus=gpus,
+        dtype=spec.dtype,
+        lowering=spec.lowering,
+        weights=spec.weights,
+        profile=spec.profile.model_dump(),
+        plugin=None if spec.plugin is None else "embedded" if spec.plugin.embedded else "beside",
+        files={name: record.bytes for name, record in found.record.files.items()},
+        current=None if bundle is None else is_current(found, bundle.manifest),
     )
 
 

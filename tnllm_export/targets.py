@@ -11,13 +11,26 @@ class EngineTarget:
         module: The Python package that builds and runs them.
         extra: The extra of this package that installs it.
         needs_gpu: Whether a build needs the GPU that it is for.
-        compute_capabilities: What an engine runs on where none are asked for, as a phrase.
+        capabilities: Compute capabilities that an engine runs on where none are asked for.
+        later: And every compute capability from this one on.
     """
 
     module: str
     extra: str
     needs_gpu: bool
-    compute_capabilities: str
+    capabilities: tuple[str, ...] = ()
+    later: str | None = None
+
+    @property
+    def compute_capabilities(self) -> str:
+        """What an engine runs on where none are asked for, as a phrase."""
+        if self.later is None:
+            return "that of the GPU it was built on"
+        return f"{', '.join(self.capabilities)}, {self.later} and later"
+
+    def runs_on(self, capability: str) -> bool:
+        """Whether an engine that was built for no compute capability in particular runs on "8.6", say."""
+        return capability in self.capabilities or (self.later is not None and float(capability) >= float(self.later))
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,9 @@ TARGETS: tuple[Target, ...] = (
         "cuda",
         ("float16", "bfloat16", "float32"),
         ("matmul", "plugin"),
-        engine=EngineTarget("tensorrt_rtx", "tensorrt-rtx", False, "8.0, 8.6, 8.9, 12.0 and later"),
+        engine=EngineTarget(
+            "tensorrt_rtx", "tensorrt-rtx", needs_gpu=False, capabilities=("8.0", "8.6", "8.9"), later="12.0"
+        ),
     ),
     Target(
         "tensorrt",
@@ -64,6 +79,6 @@ TARGETS: tuple[Target, ...] = (
         "cuda",
         ("float16", "bfloat16", "float32"),
         ("matmul", "plugin"),
-        engine=EngineTarget("tensorrt", "tensorrt", True, "that of the GPU it was built on"),
+        engine=EngineTarget("tensorrt", "tensorrt", needs_gpu=True),
     ),
 )

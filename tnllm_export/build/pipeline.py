@@ -9,7 +9,14 @@ import torch
 from tnllm_export.build.engine import build_engine, make_builder
 from tnllm_export.build.options import EngineOptions, parse_compute_capabilities, resolve_compute_capabilities
 from tnllm_export.bundle import Bundle
-from tnllm_export.bundle.engines import ENGINE_FILES, EngineSet, EngineSpec, PluginRecord, find_engines, writing_engines
+from tnllm_export.bundle.engines import (
+    EngineSet,
+    EngineSpec,
+    PluginRecord,
+    find_engines,
+    graph_checksums,
+    writing_engines,
+)
 from tnllm_export.errors import EngineBuildError, EngineMismatchError
 from tnllm_export.progress import Progress, silent
 from tnllm_export.targets import TARGETS, Target
@@ -71,6 +78,8 @@ def build_engines(
     with writing_engines(bundle.path, spec) as writer:
         for program, graph in (("prefill", bundle.prefill_path), ("decode", bundle.decode_path)):
             writer.write(program, partial(build_engine, trt, graph, program, options, progress))
+        if options.plugin_library is not None and not options.embed_plugin:
+            writer.copy_plugin_library(options.plugin_library)
         return BuildResult(writer.commit(time.monotonic() - started), cached=False)
 
 
@@ -102,8 +111,6 @@ def _check_bundle(bundle: Bundle, target: Target, options: EngineOptions) -> Non
 
 def _spec(bundle: Bundle, target: str, options: EngineOptions, version: str, device: str) -> EngineSpec:
     manifest = bundle.manifest
-    graphs = {"prefill": manifest.graphs.prefill.file, "decode": manifest.graphs.decode.file}
-    assert graphs.keys() == ENGINE_FILES.keys()
     library = options.plugin_library
     return EngineSpec(
         recipe=RECIPE,
@@ -111,7 +118,7 @@ def _spec(bundle: Bundle, target: str, options: EngineOptions, version: str, dev
         version=version,
         device=device,
         compute_capabilities=options.compute_capabilities,
-        graphs={program: manifest.files[file].sha256 for program, file in graphs.items()},
+        graphs=graph_checksums(manifest),
         # External weights shape nothing but the inputs, and the graphs hold these shapes.
         weights_sha256="" if options.weights == "external" else manifest.files[manifest.weights].sha256,
         dtype=manifest.dtype,

@@ -19,13 +19,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tnllm_export.bundle import files
-from tnllm_export.bundle.manifest import FileName, FileRecord
+from tnllm_export.bundle.manifest import FileName, FileRecord, Manifest
 from tnllm_export.errors import EngineMismatchError
 from tnllm_export.progress import Progress, silent
 
 ENGINES = "engines"
 RECORD = "engines.json"
-ENGINE_FILES: Mapping[str, str] = {"prefill": "prefill.engine", "decode": "decode.engine"}
+ENGINE_SUFFIX = ".engine"
+PLUGIN_LIBRARY = "libtnllm_plugins.so"
+ENGINE_FILES: Mapping[str, str] = {name: f"{name}{ENGINE_SUFFIX}" for name in ("prefill", "decode")}
 
 _PARTIAL = ".partial-"
 
@@ -116,6 +118,12 @@ class EngineSet:
         """The engine of "prefill" or "decode"."""
         return self.path / ENGINE_FILES[program]
 
+    @property
+    def plugin_library(self) -> Path | None:
+        """The plugin library that lies beside the engines, or None where they need none or carry it."""
+        plugin = self.spec.plugin
+        return None if plugin is None or plugin.embedded else self.path / PLUGIN_LIBRARY
+
     def check(self, progress: Progress = silent) -> None:
         """Compare each file with its checksum. Raises EngineMismatchError, naming the one that differs."""
         total = sum(record.bytes for record in self.record.files.values())
@@ -136,6 +144,35 @@ def engines_of(bundle: Path) -> tuple[EngineSet, ...]:
     """Return all engines of a bundle whose record can be read, sorted by target and key; contents are not checked."""
     records = sorted(bundle.glob(f"{ENGINES}/*/*/{RECORD}"))
     return tuple(found for path in records if _PARTIAL not in path.parent.name and (found := _read(path)))
+
+
+def read_engines(folder: Path) -> EngineSet:
+    """Return the engines in a folder `engines/<target>/<key>`; contents are not checked.
+
+    Raises:
+        EngineMismatchError: It has no record, or one that can't be read.
+    """
+    found = _read(folder / RECORD)
+    if found is None:
+        raise EngineMismatchError(
+            f"{folder}: no readable {RECORD}; expected the folder of engines that `tnllm build` made, build again"
+        )
+    return found
+
+
+def graph_checksums(manifest: Manifest) -> dict[str, str]:
+    """Return the checksum of each graph of a bundle, by program."""
+    graphs = {"prefill": manifest.graphs.prefill.file, "decode": manifest.graphs.decode.file}
+    return {program: manifest.files[file].sha256 for program, file in graphs.items()}
+
+
+def is_current(engines: EngineSet, manifest: Manifest) -> bool:
+    """Whether engines were built from the graphs of a bundle, and hold its weights if they hold any."""
+    weights = engines.spec.weights_sha256
+    return engines.spec.graphs == graph_checksums(manifest) and weights in (
+        "",
+        manifest.files[manifest.weights].sha256,
+    )
 
 
 def find_engines(bundle: Path, spec: EngineSpec) -> EngineSet | None:
@@ -180,6 +217,10 @@ class EngineWriter:
         with files.HashedFile(self._partial / name) as file:
             produce(file.write)
             self._files[name] = file.settle()
+
+    def copy_plugin_library(self, source: Path) -> None:
+        """Put the library that the engines need beside them."""
+        self._files[PLUGIN_LIBRARY] = files.write_new(self._partial / PLUGIN_LIBRARY, files.read_pieces(source))
 
     def commit(self, seconds: float) -> EngineSet:
         """Put the engines in their place, instead of what may be there, and return them."""

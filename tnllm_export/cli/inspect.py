@@ -1,4 +1,4 @@
-"""`tnllm inspect`: what is in a bundle or an ONNX file."""
+"""`tnllm inspect`: what is in a bundle, an ONNX file or a TensorRT engine."""
 # ruff: noqa: PLC0415 - `tnllm --help` and completion must not wait for torch
 
 from collections.abc import Iterable
@@ -16,19 +16,21 @@ from tnllm_export.cli.session import session
 from tnllm_export.cli.summary import count
 
 if TYPE_CHECKING:
-    from tnllm_export.inspection import GraphInfo, Inspection, PortInfo
+    from tnllm_export.inspection import EngineInfo, GraphInfo, Inspection, PortInfo
 
 EPILOG = """[bold]Examples[/bold]
 
 tnllm inspect bundle
 
-tnllm inspect bundle/decode.onnx --json"""
+tnllm inspect bundle/decode.onnx --json
+
+tnllm inspect bundle/engines/tensorrt-rtx/*/decode.engine"""
 
 _PORTS_SHOWN = 5
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle's folder or an .onnx file.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle's folder, an .onnx file or an engine.")],
     json_output: JsonOption = False,
 ) -> None:
     """Show operators, opsets, inputs and outputs, parameters and sizes, and which targets can run it.
@@ -48,6 +50,8 @@ def render(found: "Inspection") -> RenderableType:
     parts: list[RenderableType] = [_facts(found)]
     for graph in found.graphs:
         parts += ["", _graph(graph), "", _ops(graph)]
+    for engines in found.engines:
+        parts += ["", _engines(engines)]
     return Group(*parts, "", _targets(found))
 
 
@@ -57,9 +61,11 @@ def _facts(found: "Inspection") -> Table:
     if found.bundle is not None:
         for name, value in _bundle_facts(found.bundle):
             table.add_row(name, value)
-    table.add_row("parameters", f"{count(found.parameters)} ({found.parameters:,})")
+    if found.parameters:
+        table.add_row("parameters", f"{count(found.parameters)} ({found.parameters:,})")
     table.add_row("dtype", found.dtype or "no floating-point weights")
-    table.add_row("lowering", found.lowering if found.bundle else f"{found.lowering} (by its operators)")
+    guessed = found.kind == "onnx"
+    table.add_row("lowering", f"{found.lowering} (by its operators)" if guessed else found.lowering)
     table.add_row("size", decimal(found.bytes))
     return table
 
@@ -93,6 +99,21 @@ def _graph(graph: "GraphInfo") -> RenderableType:
     table.add_row("inputs", _ports(graph.inputs))
     table.add_row("outputs", _ports(graph.outputs))
     return Group(Text(graph.file, "bold"), table)
+
+
+def _engines(engines: "EngineInfo") -> RenderableType:
+    table = _grid()
+    profile = engines.profile
+    table.add_row("built with", f"{engines.target} {engines.version}")
+    table.add_row("GPUs", engines.gpus)
+    table.add_row("takes", f"batch 1 … {profile['max_batch']}, prompt 1 … {profile['max_prompt']} tokens at once")
+    table.add_row("fastest at", f"batch {profile['opt_batch']}, prompt {profile['opt_prompt']} tokens")
+    table.add_row("weights", engines.weights)
+    table.add_row("plugin library", "none needed" if engines.plugin is None else engines.plugin)
+    table.add_row("files", ", ".join(f"{name} {decimal(size)}" for name, size in engines.files.items()))
+    if engines.current is False:
+        table.add_row("state", "built from other graphs or weights than the bundle has now: build again")
+    return Group(Text(f"engines {engines.path}", "bold"), table)
 
 
 def _ports(ports: "tuple[PortInfo, ...]") -> str:

@@ -1,5 +1,7 @@
 """The entry point `tnllm`."""
 
+import atexit
+import gc
 import io
 import sys
 from typing import Annotated
@@ -47,6 +49,8 @@ def _options(
 
 def main() -> None:
     """Run the command line."""
+    # Python looks for garbage once more before it ends, which after an export takes a second and gives nobody anything.
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         # Paths may hold bytes that are no text, and a terminal may lack characters: neither is worth a traceback.
         if isinstance(stream, io.TextIOWrapper):

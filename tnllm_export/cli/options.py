@@ -36,6 +36,8 @@ class RuntimeName(StrEnum):
 
     ONNXRUNTIME = "onnxruntime"
     TORCH = "torch"
+    TENSORRT_RTX = "tensorrt-rtx"
+    TENSORRT = "tensorrt"
 
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `tnllm export` made.")]

@@ -1,5 +1,6 @@
 """Which runtimes there are, and opening a bundle with one of them."""
 
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -7,7 +8,9 @@ from tnllm_export.bundle import Bundle, open_bundle
 from tnllm_export.errors import RequestError, RuntimeMissingError
 from tnllm_export.runtime.onnxruntime import OnnxRuntime
 from tnllm_export.runtime.protocol import Runtime
+from tnllm_export.runtime.tensorrt import TensorrtRuntime
 from tnllm_export.runtime.torch import TorchRuntime
+from tnllm_export.targets import TARGETS
 
 
 class _Open(Protocol):
@@ -17,23 +20,26 @@ class _Open(Protocol):
 _RUNTIMES: dict[str, _Open] = {
     "onnxruntime": OnnxRuntime.from_bundle,
     "torch": TorchRuntime.from_bundle,
+    "tensorrt-rtx": partial(TensorrtRuntime.from_bundle, name="tensorrt-rtx"),
+    "tensorrt": partial(TensorrtRuntime.from_bundle, name="tensorrt"),
 }
 
 
 def load_runtime(
-    bundle: Bundle | Path | str, name: str = "onnxruntime", *, device: str = "cpu", threads: int | None = None
+    bundle: Bundle | Path | str, name: str = "onnxruntime", *, device: str | None = None, threads: int | None = None
 ) -> Runtime:
     """Open a bundle with a runtime.
 
     Args:
         bundle: The bundle or its folder.
-        name: "onnxruntime" or "torch" (the eager model).
-        device: "cpu".
+        name: "onnxruntime", "torch" (the eager model), "tensorrt-rtx" or "tensorrt".
+        device: "cpu" or "cuda"; default: the first that the runtime has in the table of targets.
         threads: Threads of the CPU to use; default: the runtime's own choice.
 
     Raises:
         BundleError: The folder holds no sound bundle.
         RuntimeMissingError: No such runtime, or its package is not installed.
+        EngineError: The bundle has no engines for the runtime, or none that run here.
         UnsupportedTargetError: The runtime does not run this bundle's dtype or lowering, or not on this device.
         RequestError: `threads` is below 1.
     """
@@ -43,4 +49,5 @@ def load_runtime(
         raise RequestError(f"threads is {threads}; expected at least 1, or none for the runtime's own choice")
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(Path(bundle))
+    device = device or next(target.device for target in TARGETS if target.runtime == name)
     return _RUNTIMES[name](bundle, device=device, threads=threads)

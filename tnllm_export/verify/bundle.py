@@ -27,7 +27,7 @@ def verify_bundle(
     bundle: Bundle | Path | str,
     runtime: str = "onnxruntime",
     *,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     checkpoint: Path | str | None = None,
     text: str | None = None,
@@ -43,7 +43,7 @@ def verify_bundle(
     Args:
         bundle: The bundle or its folder.
         runtime: What runs the graphs.
-        device: The device it runs on.
+        device: The device it runs on; default: see `load_runtime`.
         threads: Its CPU threads; default: its own choice.
         checkpoint: Take the eager model's weights from this checkpoint, to verify the bundle's weights too; default:
             from the bundle.

@@ -1,17 +1,22 @@
 """Real TensorRT-RTX engines, built without a GPU: what is in them, what makes them new, what they weigh."""
 
 import hashlib
+import importlib.metadata
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tnllm_export.build import EngineOptions, build_engines
 from tnllm_export.build.engine import make_builder
 from tnllm_export.build.network import add_profile, parse_network, read_graph
 from tnllm_export.bundle import MANIFEST, Bundle, open_bundle
 from tnllm_export.bundle.engines import engines_of, find_engines
-from tnllm_export.errors import EngineMismatchError
+from tnllm_export.cli.main import app
+from tnllm_export.errors import BundleNotFoundError, EngineMismatchError
+from tnllm_export.inspection import inspect
 from tnllm_export.tensorrt import engine_target, import_tensorrt
 
 # Not importorskip: it would import the package before ours does.
@@ -89,6 +94,27 @@ def test_a_second_build_takes_the_engines_that_are_there_even_where_the_bundle_w
     assert again.cached
     assert again.engines == there
     assert {path.name: path.stat().st_mtime_ns for path in there.path.iterdir()} == stamps
+
+
+def test_inspection_shows_what_the_engines_are_and_whether_they_are_the_bundles(built_bundle):
+    [shown] = inspect(built_bundle.path).engines
+    assert (shown.target, shown.version) == (RTX, importlib.metadata.version("tensorrt-rtx-cu13"))
+    assert (shown.dtype, shown.lowering, shown.weights, shown.plugin) == ("float16", "matmul", "embedded", None)
+    assert shown.gpus == "8.0, 8.6, 8.9, 12.0 and later"
+    assert shown.profile == {"max_batch": 3, "opt_batch": 1, "max_prompt": 65, "opt_prompt": 63}
+    assert shown.current is True
+    engine = Path(shown.path) / "decode.engine"
+    alone = inspect(engine)
+    assert (alone.kind, alone.bytes) == ("engine", engine.stat().st_size)
+    assert alone.engines == (replace(shown, current=None),)
+    assert [inspect(replace_weights(built_bundle).path).engines[0].current] == [False]
+    printed = CliRunner().invoke(app, ["inspect", str(built_bundle.path)]).stdout
+    assert "batch 1 … 3, prompt 1 … 65 tokens at once" in printed
+    assert "built from other graphs or weights than the bundle has now" in printed
+    with pytest.raises(EngineMismatchError, match=r"no readable engines\.json"):
+        inspect(engine.rename(built_bundle.path / "lost.engine"))
+    with pytest.raises(BundleNotFoundError):
+        inspect(engine)
 
 
 def test_a_changed_weight_profile_or_gpu_makes_new_engines_beside_the_old(built_bundle):

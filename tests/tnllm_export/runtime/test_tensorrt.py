@@ -1,0 +1,186 @@
+"""What the TensorRT runtime refuses before a GPU has anything to do, and how it says so.
+
+Engines can't be run here, so running them is not tested: tests marked `tensorrt` are for who can.
+"""
+
+import json
+import os
+import shutil
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tnllm_export.bundle import Bundle, open_bundle
+from tnllm_export.bundle.engines import (
+    EngineRecord,
+    EngineSet,
+    EngineSpec,
+    PluginRecord,
+    ProfileRecord,
+    writing_engines,
+)
+from tnllm_export.errors import EngineMismatchError, EngineMissingError, ProfileError, UnsupportedTargetError
+from tnllm_export.runtime import load_runtime
+from tnllm_export.runtime.engines import Gpu, check_fits, choose_engines, deserialize
+from tnllm_export.runtime.tensorrt import check_profile
+from tnllm_export.tensorrt import engine_target, import_tensorrt
+
+ADA = Gpu("NVIDIA GeForce RTX 4090", "8.9")
+HOPPER = Gpu("NVIDIA H200", "9.0")
+BLACKWELL = Gpu("NVIDIA GeForce RTX 5090", "12.0")
+VERSION = "1.7.1.116"
+
+
+def spec_of(bundle: Bundle, **changes) -> EngineSpec:
+    manifest = bundle.manifest
+    spec = EngineSpec(
+        recipe=1,
+        target="tensorrt-rtx",
+        version=VERSION,
+        device="",
+        compute_capabilities=(),
+        graphs={name: manifest.files[f"{name}.onnx"].sha256 for name in ("prefill", "decode")},
+        weights_sha256=manifest.files[manifest.weights].sha256,
+        dtype=manifest.dtype,
+        lowering=manifest.lowering,
+        weights="embedded",
+        profile=ProfileRecord(max_batch=4, opt_batch=1, max_prompt=64, opt_prompt=64),
+        plugin=None,
+    )
+    return spec.model_copy(update=changes)
+
+
+def put(bundle: Bundle, spec: EngineSpec) -> EngineSet:
+    """Put engines of no content into a bundle."""
+    with writing_engines(bundle.path, spec) as writer:
+        for program in ("prefill", "decode"):
+            writer.write(program, lambda write: write(b"no engine"))
+        return writer.commit(1.0)
+
+
+@pytest.fixture
+def own(bundle: Bundle, tmp_path) -> Bundle:
+    return open_bundle(shutil.copytree(bundle.path, tmp_path / "own"))
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert len(text.splitlines()) == 1
+    return text
+
+
+def test_a_bundle_without_engines_names_the_command_that_builds_them(own):
+    with pytest.raises(EngineMissingError) as error:
+        choose_engines(own, "tensorrt-rtx")
+    assert "no tensorrt-rtx engines; build some with `tnllm build" in one_line(error)
+    put(own, spec_of(own, target="tensorrt"))
+    with pytest.raises(EngineMissingError):
+        choose_engines(own, "tensorrt-rtx")
+
+
+def test_engines_of_other_weights_or_graphs_are_not_taken(own):
+    other = "0" * 64
+    put(own, spec_of(own, weights_sha256=other))
+    put(own, spec_of(own, graphs={"prefill": other, "decode": other}))
+    with pytest.raises(EngineMissingError) as error:
+        choose_engines(own, "tensorrt-rtx")
+    assert "built from other graphs or weights than it has now" in one_line(error)
+    light = put(own, spec_of(own, weights="external", weights_sha256=""))
+    assert choose_engines(own, "tensorrt-rtx") == light
+
+
+def test_the_engines_that_were_built_last_are_taken_unless_a_key_is_named(own):
+    first = put(own, spec_of(own))
+    second = put(own, spec_of(own, profile=ProfileRecord(max_batch=8, opt_batch=1, max_prompt=64, opt_prompt=64)))
+    os.utime(first.path, ns=(1, 1))
+    assert choose_engines(own, "tensorrt-rtx") == second
+    assert choose_engines(own, "tensorrt-rtx", first.spec.key) == first
+    with pytest.raises(EngineMissingError, match="no tensorrt-rtx engines 0123"):
+        choose_engines(own, "tensorrt-rtx", "0123")
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "words"),
+    [
+        ({}, ADA, None),
+        ({}, BLACKWELL, None),
+        ({}, HOPPER, "8.0, 8.6, 8.9, 12.0 and later; this GPU, NVIDIA H200, has 9.0: build and run with"),
+        ({"compute_capabilities": ("8.6",)}, ADA, "capability 8.6; this GPU, NVIDIA GeForce RTX 4090, has 8.9"),
+        ({"compute_capabilities": ("8.6",)}, ADA, "build again with --sm 8.9"),
+        ({"compute_capabilities": ("8.6", "8.9")}, ADA, None),
+        ({"version": "1.6.1.120"}, ADA, "built with tensorrt_rtx 1.6.1.120; 1.7.1.116 is installed: build again"),
+        ({"target": "tensorrt", "device": "NVIDIA H200 (9.0)"}, HOPPER, None),
+        ({"target": "tensorrt", "device": "NVIDIA A100 (8.0)"}, HOPPER, "has 9.0: build again on this GPU"),
+    ],
+)  # fmt: skip
+def test_a_gpu_or_version_that_does_not_fit_is_named_beside_what_does(bundle, tmp_path, changes, gpu, words):
+    spec = spec_of(bundle, **changes)
+    engines = EngineSet(tmp_path, EngineRecord(spec=spec, files={}, seconds=0.0))
+    if words is None:
+        check_fits(engines, engine_target(spec.target), VERSION, gpu)
+        return
+    with pytest.raises(EngineMismatchError) as error:
+        check_fits(engines, engine_target(spec.target), VERSION, gpu)
+    assert words in one_line(error)
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX has no wheel for this platform")
+@pytest.mark.parametrize("content", [b"no engine", bytes(4096), b"vtrt" + bytes(4096)])
+def test_a_corrupt_engine_is_named_with_what_tensorrt_says(own, content):
+    trt = import_tensorrt(engine_target("tensorrt-rtx"))
+    with writing_engines(own.path, spec_of(own)) as writer:
+        writer.write("prefill", lambda write: write(content))
+        engines = writer.commit(0.0)
+    with pytest.raises(EngineMismatchError) as error:
+        deserialize(trt, engines, "prefill", own.prefill_path)
+    assert f"prefill.engine: tensorrt_rtx {trt.__version__} refuses it (" in one_line(error)
+    assert "no reason given" not in str(error.value)
+    assert "build again with `tnllm build`" in str(error.value)
+
+
+def test_a_request_beyond_the_profile_says_what_fits_and_how_to_get_more():
+    profile = ProfileRecord(max_batch=4, opt_batch=1, max_prompt=64, opt_prompt=64)
+    check_profile(profile, 4, 64)
+    with pytest.raises(ProfileError) as error:
+        check_profile(profile, 5, 1)
+    assert "batch is 5; the engines take at most 4: build again with --max-batch 5" in one_line(error)
+    with pytest.raises(ProfileError) as error:
+        check_profile(profile, 1, 65)
+    assert "65 tokens; the engines take at most 64 at once: feed it in pieces (--prefill-chunk 64)" in one_line(error)
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX has no wheel for this platform")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_one_line_says_so_and_what_runs_instead(own):
+    put(own, spec_of(own))
+    with pytest.raises(UnsupportedTargetError) as error:
+        load_runtime(own, "tensorrt-rtx")
+    assert "PyTorch finds no CUDA device" in one_line(error)
+    assert "runtime onnxruntime or torch" in str(error.value)
+    with pytest.raises(UnsupportedTargetError, match="does not run on device 'cpu'; expected one of: cuda"):
+        load_runtime(own, "tensorrt-rtx", device="cpu")
+
+
+def test_a_library_that_is_not_embedded_lies_beside_the_engines(own):
+    beside = spec_of(own, plugin=PluginRecord(sha256="0" * 64, embedded=False))
+    embedded = spec_of(own, plugin=PluginRecord(sha256="0" * 64, embedded=True))
+    with writing_engines(own.path, beside) as writer:
+        source = own.path / "manifest.json"
+        writer.copy_plugin_library(source)
+        engines = writer.commit(0.0)
+    assert engines.plugin_library is not None
+    assert engines.plugin_library.read_bytes() == source.read_bytes()
+    engines.check()
+    assert put(own, embedded).plugin_library is None
+    assert put(own, spec_of(own)).plugin_library is None
+
+
+def test_a_record_that_a_newer_version_wrote_is_not_taken_for_ours(own):
+    engines = put(own, spec_of(own))
+    path = engines.path / "engines.json"
+    fields = json.loads(path.read_text())
+    assert fields["schema_version"] == 1
+    path.write_text(json.dumps(fields | {"schema_version": 2}))
+    with pytest.raises(EngineMissingError):
+        choose_engines(own, "tensorrt-rtx")
