@@ -10,6 +10,7 @@ DECODE_PARITY = "decode parity"
 TRAINING = "training"
 TRAINING_PARITY = "training parity"
 LAYER = "layer kernels"
+PROFILE = "attention profile"
 
 LAUNCHED, GRAPH = "launched", "graph"
 

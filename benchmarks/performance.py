@@ -7,6 +7,8 @@ from benchmarks.records import Record
 
 Table = Callable[[list[Record]], str]
 
+DTYPES = ("float32", "float16", "bfloat16")
+
 LINEAR_PEERS = ("fla chunk", "fla fused", "lightning-attn", "fla recurrent")
 """Who computes the same function."""
 
@@ -80,18 +82,44 @@ def time_table(records: list[Record]) -> str:
 
 
 def parity_table(records: list[Record]) -> str:
-    """Errors against float64."""
+    """Errors against float64: the worst over shapes and layers, by dtype and quantity."""
     peers = [name for name in dict.fromkeys(peer_name(record) for record in records) if name != names.OURS]
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        parts = record.case.split(" | ")
+        dtype = next((part for part in parts if part in DTYPES), "")
+        groups.setdefault((dtype, parts[-1]), []).append(record)
     lines = []
-    for case, found in by_case(records).items():
-        values = peer_values(found)
+    for (dtype, quantity), found in groups.items():
+        ours = [record.value for record in found if record.value is not None]
+        values = {peer: worst(record.peer_value for record in found if peer_name(record) == peer) for peer in peers}
+        ratios = (
+            record.value / record.peer_value
+            for record in found
+            if record.value is not None and record.peer_value and peer_name(record) in (names.BLOCKED, names.PYTORCH)
+        )
         lines.append(
-            [*case.rsplit(" | ", 1), figure(found[0].floor, ".0e"), figure(found[0].value, ".2e"),
-             *(figure(values.get(peer), ".2e") for peer in peers),
-             share(found[0].value, values.get(names.BLOCKED) or values.get(names.PYTORCH))]
+            [dtype, quantity, str(len({record.case for record in found})), figure(found[0].floor, ".0e"),
+             figure(worst(ours), ".2e"), *(figure(values[peer], ".2e") for peer in peers), figure(worst(ratios), ".2f")]
         )  # fmt: skip
-    header = ["B, H, T", "of", "limit", "**ours**", *peers, "of the PyTorch form"]
+    header = ["dtype", "of", "cases", "limit", "**ours**", *peers, "ours of the PyTorch form's, at most"]
     return rows(header, lines) + absences(records)
+
+
+def worst(values: Iterable[float | None]) -> float | None:
+    """The largest of the values that there are."""
+    return max((value for value in values if value is not None), default=None)
+
+
+def profile_table(records: list[Record]) -> str:
+    """What a profiler counted, one column per shape."""
+    cases = by_case(records)
+    metrics = list(dict.fromkeys((record.metric, record.unit) for record in records))
+    lines = []
+    for metric, unit in metrics:
+        found = ({record.metric: record.value for record in case}.get(metric) for case in cases.values())
+        lines.append([metric, unit, *(figure(value, ".4g") for value in found)])
+    return rows(["what", "unit", *cases], lines)
 
 
 def memory_table(records: list[Record]) -> str:
@@ -183,6 +211,7 @@ TABLES: dict[str, Table] = {
     names.TRAINING_PARITY: comparison_table,
     names.TRAINING: training_table,
     names.LAYER: comparison_table,
+    names.PROFILE: profile_table,
 }
 """By name of the records; `<!-- begin NAME -->` marks the place in the page."""
 
