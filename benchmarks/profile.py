@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.names import PROFILE
-from benchmarks.records import RESULTS, Record, gpu_versions, save
+from benchmarks.names import CHIP, PROFILE
+from benchmarks.records import RESULTS, Record, load, save
 
 SHAPES = ((4, 32, 8192), (1, 32, 65536))
 """B, H, T; K = V = 128, bfloat16."""
@@ -21,9 +21,8 @@ SHAPES = ((4, 32, 8192), (1, 32, 65536))
 METRICS = {
     "gpu__time_duration.sum": "time",
     "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor cores busy",
-    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_elapsed": "tensor instructions of the peak",
     "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue slots used",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory bandwidth used",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "memory bandwidth used",
     "lts__throughput.avg.pct_of_peak_sustained_elapsed": "L2 bandwidth used",
     "dram__bytes_read.sum": "bytes read from memory",
     "dram__bytes_write.sum": "bytes written to memory",
@@ -41,8 +40,11 @@ METRICS = {
 """Nsight Compute's names and what they mean; waits are warps per issued instruction."""
 
 
-def records(file: Path) -> Iterator[Record]:
-    """Read the raw page of a profile, one kernel per shape: a row of names, one of units, then the values."""
+def records(file: Path, versions: dict[str, str]) -> Iterator[Record]:
+    """Read the raw page of a profile, one kernel per shape: a row of names, one of units, then the values.
+
+    `versions` are those of the GPU machine.
+    """
     lines = [line for line in file.read_text().splitlines() if line.startswith('"')]
     header, units, *kernels = csv.reader(lines)
     if len(kernels) != len(SHAPES):
@@ -53,7 +55,7 @@ def records(file: Path) -> Iterator[Record]:
                 place = header.index(name)
                 value = float(values[place].replace(",", ""))
                 case = ", ".join(str(size) for size in shape)
-                yield Record(PROFILE, case, label, units[place], value, versions=gpu_versions())
+                yield Record(PROFILE, case, label, units[place], value, versions=versions)
 
 
 def run_shapes() -> None:
@@ -73,6 +75,8 @@ def run_shapes() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        save(records(Path(sys.argv[1])), RESULTS / "nvidia-h200.json")
+        results = RESULTS / "nvidia-h200.json"
+        chip = next(record for record in load(results) if record.name == CHIP)
+        save(records(Path(sys.argv[1]), chip.versions), results)
     else:
         run_shapes()

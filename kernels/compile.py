@@ -20,7 +20,7 @@ from typing import IO, Any, cast, get_args
 from tnllm_export.errors import PluginBuildError
 from tnllm_export.kernels.compiled import CompiledKernel, KernelTable
 from tnllm_export.kernels.contract import LIGHTNING_ATTENTION, LIGHTNING_ATTENTION_STEP
-from tnllm_export.kernels.lightning_attention.step_plan import STEP_VALUES, step_blocks, tile_of_block
+from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_blocks, tile_of_block
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
     HOPPER_TILE,
     LONG_SEGMENT,
@@ -92,7 +92,7 @@ def compile_table(
         kernels=tuple(kernels),
         long_segment=LONG_SEGMENT,
         recompute_segments=RECOMPUTE_SEGMENTS,
-        step_values=STEP_VALUES,
+        step_programs=STEP_PROGRAMS,
     )
 
 
@@ -120,7 +120,7 @@ def _chunk_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Var
 
 
 def _step_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Variant]:
-    for block in step_blocks(V):
+    for block in step_blocks(K, V):
         yield {
             "op": LIGHTNING_ATTENTION_STEP.onnx_name,
             "compute_capability": capability,

@@ -86,11 +86,10 @@ class KernelTable:
         kernels: At least the handover "none" for each op, dtype, K, V and compute capability.
         long_segment: `sweep_plan.LONG_SEGMENT`.
         recompute_segments: `sweep_plan.RECOMPUTE_SEGMENTS`.
-        step_values: Values of the state per multiprocessor from which the step takes its widest block: the factor of
-            `processors` in `step_kernel.step_tile`.
+        step_programs: `step_plan.STEP_PROGRAMS`.
     """
 
     kernels: tuple[CompiledKernel, ...]
     long_segment: int
     recompute_segments: int
-    step_values: int
+    step_programs: int

@@ -64,7 +64,7 @@ def _lines(table: KernelTable, offsets: dict[bytes, int], code: Path) -> Iterabl
     yield "extern unsigned char const* const kCubins = tnllm_cubins;\n"
     yield f"extern int32_t const kLongSegment = {table.long_segment};\n"
     yield f"extern int32_t const kRecomputeSegments = {table.recompute_segments};\n"
-    yield f"extern int64_t const kStepValues = {table.step_values};\n\n"
+    yield f"extern int64_t const kStepPrograms = {table.step_programs};\n\n"
     yield "}  // namespace tnllm\n"
 
 

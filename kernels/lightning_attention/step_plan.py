@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
-STEP_VALUES = 128 * 128 * 32
-"""Values of all states per multiprocessor from which on wide rows keep the memory busy."""
+STEP_PROGRAMS = 16
+"""Programs per multiprocessor: wide blocks, whose rows memory likes, only where as many are left."""
 
 BLOCKS = (16, 32, 64)
 """Columns that a program may own."""
+
+LARGEST_TILE = 128 * 64
+"""Values that a program keeps in registers."""
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,16 @@ class StepTile:
 
 def step_tile(K: int, V: int, heads: int, processors: int) -> StepTile:
     """Return the tile for `heads` = B * H heads: wide rows where they fill the device, narrow ones where not."""
-    *_, block = step_blocks(V)
-    while block > BLOCKS[0] and heads * -(-V // block) * K * block < STEP_VALUES * processors:
+    *_, block = step_blocks(K, V)
+    while block > BLOCKS[0] and heads * -(-V // block) < STEP_PROGRAMS * processors:
         block //= 2
     return tile_of_block(block)
 
 
-def step_blocks(V: int) -> tuple[int, ...]:
-    """Return the blocks that `step_tile` chooses from for V columns."""
-    return tuple(block for block in BLOCKS if block <= max(1 << (V - 1).bit_length(), BLOCKS[0]))
+def step_blocks(K: int, V: int) -> tuple[int, ...]:
+    """Return the blocks that `step_tile` chooses from for states [K, V]."""
+    most = max(min(1 << (V - 1).bit_length(), LARGEST_TILE // K), BLOCKS[0])
+    return tuple(block for block in BLOCKS if block <= most)
 
 
 def tile_of_block(block: int) -> StepTile:

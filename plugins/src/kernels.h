@@ -48,6 +48,6 @@ extern int32_t const kKernelCount;
 extern unsigned char const* const kCubins;
 extern int32_t const kLongSegment;
 extern int32_t const kRecomputeSegments;
-extern int64_t const kStepValues;
+extern int64_t const kStepPrograms;
 
 }  // namespace tnllm

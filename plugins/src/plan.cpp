@@ -103,7 +103,7 @@ bool chooseStep(Call const& call, int32_t capability, int32_t processors, Plan& 
         if (narrowest == nullptr || kernel.BV < narrowest->BV) {
             narrowest = &kernel;
         }
-        bool const fills = columnsOf(kernel, call) * call.K * kernel.BV >= kStepValues * processors;
+        bool const fills = columnsOf(kernel, call) >= kStepPrograms * processors;
         if (fills && (widest == nullptr || kernel.BV > widest->BV)) {
             widest = &kernel;
         }

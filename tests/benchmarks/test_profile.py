@@ -14,7 +14,7 @@ CSV = """==PROF== Connected
 def test_a_profile_becomes_one_column_for_each_shape(tmp_path):
     file = tmp_path / "profile.csv"
     file.write_text(CSV)
-    table = profile_table(list(records(file)))
+    table = profile_table(list(records(file, {"triton": "3.6.0"})))
     assert "| what | unit | 4, 32, 8192 | 1, 32, 65536 |" in table
     assert "| time | us | 412.5 | 1168 |" in table
     assert "unknown" not in table
@@ -24,4 +24,4 @@ def test_a_profile_of_other_kernels_is_refused(tmp_path):
     file = tmp_path / "profile.csv"
     file.write_text("\n".join(CSV.splitlines()[:-1]))
     with pytest.raises(ValueError, match=f"has 1 kernels; expected {len(SHAPES)}"):
-        list(records(file))
+        list(records(file, {"triton": "3.6.0"}))

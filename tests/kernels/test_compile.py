@@ -8,7 +8,7 @@ from tnllm_export.errors import PluginBuildError
 from tnllm_export.kernels import compile as ahead_of_time
 from tnllm_export.kernels.compile import SHARED_BYTES, compile_table
 from tnllm_export.kernels.compiled import INTEGERS, POINTERS
-from tnllm_export.kernels.lightning_attention.step_plan import STEP_VALUES, step_tile
+from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_tile
 from tnllm_export.kernels.lightning_attention.sweep_plan import LONG_SEGMENT, RECOMPUTE_SEGMENTS, sweep_plan, sweep_tile
 
 CHUNK, STEP = "LightningAttention", "LightningAttentionStep"
@@ -18,10 +18,10 @@ CHUNK, STEP = "LightningAttention", "LightningAttentionStep"
 def test_every_architecture_has_all_kernels_that_a_plan_may_choose():
     reports = []
     table = compile_table(tuple(SHARED_BYTES), ((32, 16),), ("bfloat16",), progress=lambda *a: reports.append(a))
-    assert (table.long_segment, table.recompute_segments, table.step_values) == (
+    assert (table.long_segment, table.recompute_segments, table.step_programs) == (
         LONG_SEGMENT,
         RECOMPUTE_SEGMENTS,
-        STEP_VALUES,
+        STEP_PROGRAMS,
     )
     assert reports[-1][1] == reports[-1][2] == len(table.kernels)
     for sm in SHARED_BYTES:
@@ -49,6 +49,14 @@ def test_every_architecture_has_all_kernels_that_a_plan_may_choose():
             assert (kernel.scratch_bytes > 0) == (kernel.op == CHUNK and sm >= 90)
             assert kernel.scratch_alignment >= 1
     assert len({kernel.cubin for kernel in table.kernels}) == len(table.kernels)
+
+
+@pytest.mark.slow
+def test_the_widest_released_heads_fit_where_memory_is_small_and_where_tensor_cores_are_new():
+    # On 10.0 a larger tile compiles to a kernel that only traps.
+    table = compile_table((86, 100), ((256, 128),), ("bfloat16",))
+    assert len(table.kernels) == 2 * (3 + 2)
+    assert min(len(kernel.cubin) for kernel in table.kernels if kernel.op == CHUNK) > 20_000
 
 
 def test_hopper_has_its_own_kernel_for_the_released_head_sizes():

@@ -29,7 +29,7 @@ def fake_table() -> KernelTable:
             kernels.append(fake("LightningAttention", capability, dtype, K, V, 16, 64, handover, CHUNK_ARGUMENTS))
         for block in (16, 32, 64):
             kernels.append(fake("LightningAttentionStep", capability, dtype, K, V, block, 1, "none", STEP_ARGUMENTS))
-    return KernelTable(tuple(kernels), long_segment=64, recompute_segments=4, step_values=128 * 128 * 32)
+    return KernelTable(tuple(kernels), long_segment=64, recompute_segments=4, step_programs=16)
 
 
 def fake(op, capability, dtype, K, V, block, chunk, handover, arguments) -> CompiledKernel:

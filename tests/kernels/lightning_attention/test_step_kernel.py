@@ -77,5 +77,7 @@ def test_strides_of_inputs_do_not_matter(step_inputs, device):
 
 def test_few_heads_are_cut_fine_and_many_wide():
     assert step_tile(128, 128, heads=32, processors=132).value_block == 16
-    assert step_tile(128, 128, heads=32 * 256, processors=132).value_block == 64
+    assert step_tile(128, 128, heads=32 * 8, processors=132).value_block == 16
+    assert step_tile(128, 128, heads=32 * 64, processors=132).value_block == 64
+    assert step_tile(256, 128, heads=32 * 64, processors=132).value_block == 32
     assert step_tile(16, 16, heads=1, processors=132).value_block == 16
