@@ -94,6 +94,7 @@ class EngineInfo:
         lowering: Which form the two ops have.
         weights: "embedded", "external" or "stripped".
         profile: Largest and optimal batch, and prompt of one prefill.
+        tf32: Whether float32 products may round their factors to 10 bits.
         plugin: None, or whether the plugin library is "embedded" or "beside" the engines.
         files: Size of each.
         current: Whether they were built from the graphs and weights that the bundle has now; None outside a bundle.
@@ -107,6 +108,7 @@ class EngineInfo:
     lowering: str
     weights: str
     profile: dict[str, int]
+    tf32: bool
     plugin: str | None
     files: dict[str, int]
     current: bool | None
@@ -216,6 +218,7 @@ def _engine(found: EngineSet, bundle: Bundle | None) -> EngineInfo:
         lowering=spec.lowering,
         weights=spec.weights,
         profile=spec.profile.model_dump(),
+        tf32=spec.tf32,
         plugin=None if spec.plugin is None else "embedded" if spec.plugin.embedded else "beside",
         files={name: record.bytes for name, record in found.record.files.items()},
         current=None if bundle is None else is_current(found, bundle.manifest),

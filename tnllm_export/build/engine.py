@@ -54,6 +54,8 @@ def build_engine(
             config.set_compute_capability(target, place)
     if options.weights == "stripped":
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
     # Names of layers are names of modules: wanted by `tnllm inspect` and by profilers, and a matter of kilobytes.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.embed_plugin:

@@ -23,6 +23,8 @@ class EngineOptions:
         compute_capabilities: Of the GPUs it shall run on, e.g. ("8.6", "12.0"); empty for the target's own choice.
         plugin_library: The library with our plugins, for bundles of the lowering `plugin`.
         embed_plugin: Whether the engines carry the library.
+        tf32: Whether float32 products may round their factors to 10 bits for the tensor cores. States, and all of the
+            lowering `matmul`'s attention, are float32: without it they keep the precision that other runtimes have.
         timing_cache: File that keeps measured times between builds (`tensorrt` only).
     """
 
@@ -34,6 +36,7 @@ class EngineOptions:
     compute_capabilities: tuple[str, ...] = ()
     plugin_library: Path | None = None
     embed_plugin: bool = False
+    tf32: bool = False
     timing_cache: Path | None = None
 
     def __post_init__(self) -> None:

@@ -125,6 +125,7 @@ def _spec(bundle: Bundle, target: str, options: EngineOptions, version: str, dev
         lowering=manifest.lowering,
         weights=options.weights,
         profile=options.profile,
+        tf32=options.tf32,
         plugin=None
         if library is None
         else PluginRecord(sha256=library_checksum(library), embedded=options.embed_plugin),

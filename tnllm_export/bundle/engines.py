@@ -70,6 +70,7 @@ class EngineSpec(_Record):
         weights: Where the weights are: "embedded" in each engine; "external", inputs of the engine, which both engines
             share; or "stripped", put back by a refit.
         profile: The shapes.
+        tf32: Whether float32 products may round their factors to 10 bits.
         plugin: The plugin library, for the lowering `plugin`.
     """
 
@@ -84,6 +85,7 @@ class EngineSpec(_Record):
     lowering: str
     weights: WeightsMode
     profile: ProfileRecord
+    tf32: bool
     plugin: PluginRecord | None
 
     @property

@@ -63,6 +63,9 @@ def build(
         typer.Option(metavar="FILE", help="Library that `tnllm build-plugin` made, for the lowering plugin."),
     ] = None,
     embed_plugin: Annotated[bool, typer.Option("--embed-plugin", help="Put the library into the engines.")] = False,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Let float32 products use the tensor cores, at 10 bits of precision.")
+    ] = False,
     timing_cache: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep measured times between builds; tensorrt only.")
     ] = None,
@@ -85,6 +88,7 @@ def build(
             compute_capabilities=tuple(part for text in sm or () for part in text.split(",")),
             plugin_library=plugin_library,
             embed_plugin=embed_plugin,
+            tf32=tf32,
             timing_cache=timing_cache,
         )
         started = time.monotonic()

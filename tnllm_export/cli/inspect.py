@@ -109,6 +109,7 @@ def _engines(engines: "EngineInfo") -> RenderableType:
     table.add_row("takes", f"batch 1 … {profile['max_batch']}, prompt 1 … {profile['max_prompt']} tokens at once")
     table.add_row("fastest at", f"batch {profile['opt_batch']}, prompt {profile['opt_prompt']} tokens")
     table.add_row("weights", engines.weights)
+    table.add_row("float32 products", "10 bits of precision (TF32)" if engines.tf32 else "at full precision")
     table.add_row("plugin library", "none needed" if engines.plugin is None else engines.plugin)
     table.add_row("files", ", ".join(f"{name} {decimal(size)}" for name, size in engines.files.items()))
     if engines.current is False:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tnllm_export.build import EngineOptions, build_engines
 from tnllm_export.build.engine import make_builder
 from tnllm_export.build.network import add_profile, parse_network, read_graph
+from tnllm_export.build.pipeline import _spec
 from tnllm_export.bundle import MANIFEST, Bundle, open_bundle
 from tnllm_export.bundle.engines import engines_of, find_engines
 from tnllm_export.cli.main import app
@@ -119,6 +120,8 @@ def test_inspection_shows_what_the_engines_are_and_whether_they_are_the_bundles(
 
 def test_a_changed_weight_profile_or_gpu_makes_new_engines_beside_the_old(built_bundle):
     others = [replace(SMALL, max_prompt=64), replace(SMALL, compute_capabilities=("86",))]
+    keys = {_spec(built_bundle, RTX, replace(SMALL, tf32=tf32), "1", "").key for tf32 in (False, True)}
+    assert len(keys) == 2
     sets = [build_engines(built_bundle, RTX, options) for options in (SMALL, *others)]
     sets.append(build_engines(replace_weights(built_bundle), RTX, SMALL))
     assert [result.cached for result in sets] == [True, False, False, False]

@@ -46,6 +46,7 @@ def spec_of(bundle: Bundle, **changes) -> EngineSpec:
         lowering=manifest.lowering,
         weights="embedded",
         profile=ProfileRecord(max_batch=4, opt_batch=1, max_prompt=64, opt_prompt=64),
+        tf32=False,
         plugin=None,
     )
     return spec.model_copy(update=changes)
