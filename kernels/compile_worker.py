@@ -111,6 +111,8 @@ def _check(ptx: str, metadata: Any, variant: dict[str, Any], arguments: int) -> 
     )
     if found != arguments:
         raise RuntimeError(f"found {found} kernel parameters, expected {arguments}")
+    if "trap;" in ptx:
+        raise RuntimeError("found a kernel that only traps: the compiler gave up on this tile")
     if metadata.profile_scratch_size:
         raise RuntimeError("found memory for profiling, expected none")
     if metadata.num_warps != variant["warps"] or getattr(metadata, "num_ctas", 1) != 1:

@@ -12,6 +12,8 @@ and the copy engine fills one buffer of queries, keys and values while the other
 64 columns of the state; two programs share a multiprocessor, one computing where the other waits.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -34,7 +36,8 @@ STATE_STAGES = gl.constexpr(4)
 STAGES = gl.constexpr(2)
 
 
-@gluon.jit
+# One variant for all numbers of tokens, heads and chunks.
+@gluon.jit(do_not_specialize=("T", "H", "segment_chunks"))
 def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
     p_query,
     p_key,

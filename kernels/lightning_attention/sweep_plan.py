@@ -60,38 +60,48 @@ def fits_hopper(K: int, V: int, activation: Activation) -> bool:
 
 
 def sweep_tile(K: int, V: int, activation: Activation, capability: int) -> SweepTile:
-    """Return the tile for head sizes K and V on compute capability `capability` (90 for 9.0)."""
-    if activation == "float32":
-        return SweepTile(
-            chunk=32, value_block=min(_power_of_two(V), 32), warps=4, stages=1, state_stages=1, programs_per_processor=2
-        )
+    """Return the tile for head sizes K and V on compute capability `capability` (90 for 9.0).
+
+    Sizes for 9.0 were measured. Others are the largest that the compiler fits into registers and shared memory.
+    """
+    columns = _power_of_two(V)
     wide = K > 128
-    large_memory = capability in (80, 90, 100)
-    if activation == "float16":
+    if activation == "float32":
+        # Products run on the general units, which hold both operands in registers: small tiles, many threads.
         return SweepTile(
-            chunk=64 if not wide else 32,
-            value_block=min(_power_of_two(V), 32 if wide else 64),
-            warps=4,
+            chunk=16,
+            value_block=min(columns, 32),
+            warps=8 if K > 64 else 4,
             stages=1,
             state_stages=1,
-            programs_per_processor=1,
+            programs_per_processor=1 if K > 64 else 2,
         )
-    if large_memory:
+    if activation == "float16":
+        return SweepTile(
+            chunk=64 if capability == 90 and not wide else 32,
+            value_block=min(columns, 32 if wide else 64),
+            warps=8 if wide else 4,
+            stages=1,
+            state_stages=1,
+            programs_per_processor=1 if wide or capability == 90 else 2,
+        )
+    if capability == 90 or (capability == 100 and not wide):
         return SweepTile(
             chunk=64,
-            value_block=min(_power_of_two(V), 64),
+            value_block=min(columns, 64),
             warps=8 if wide else 4,
             stages=2,
             state_stages=3,
             programs_per_processor=1 if wide else 2,
         )
+    large_memory = capability in (80, 100)
     return SweepTile(
         chunk=32,
-        value_block=min(_power_of_two(V), 32 if wide else 64),
-        warps=4,
-        stages=1,
-        state_stages=1,
-        programs_per_processor=1,
+        value_block=min(columns, 64 if large_memory or not wide else 32),
+        warps=8 if wide else 4,
+        stages=2,
+        state_stages=3 if large_memory else 2,
+        programs_per_processor=2 if large_memory and not wide else 1,
     )
 
 
