@@ -1,7 +1,8 @@
 """Exports of 1B- and 7B-shaped checkpoints: peak memory, and time against copying the same files.
 
 Both the copy and the export end with everything on the disk (fsync). They alternate, after one warm-up copy, and the
-median counts. The export runs in a process of its own, imports included, so that its peak memory is its own.
+median counts. The export is `tnllm export`, from the start of its process to its end, so that its peak memory is its
+own; it has no child processes.
 """
 
 import json
@@ -38,11 +39,11 @@ SHAPES = {
 SHARDS = {"1B": 2, "7B": 3}
 
 _EXPORT = r"""
-import pathlib, re, sys
-from tnllm_export.export import export_bundle
-export_bundle(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), dtype="bfloat16", overwrite=True)
+import atexit, pathlib, re, sys
+from tnllm_export.cli.main import main
 # Not getrusage: its maximum outlives exec, so it would be that of the process which started this one.
-print(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+atexit.register(lambda: print(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]))
+main()
 """
 
 
@@ -95,12 +96,11 @@ def copy_durably(source: Path, target: Path) -> float:
 
 
 def export(checkpoint: Path, output: Path) -> tuple[float, int]:
-    """Export in a process of its own; return its seconds, imports included, and its peak resident bytes."""
+    """Run `tnllm export`; return its seconds, from start to end of its process, and its peak resident bytes."""
+    arguments = ["export", str(checkpoint), "--output", str(output), "--dtype", "bfloat16", "--overwrite", "--json"]
     start = time.perf_counter()
-    answer = subprocess.run(
-        [sys.executable, "-c", _EXPORT, str(checkpoint), str(output)], check=True, stdout=subprocess.PIPE, text=True
-    )
-    return time.perf_counter() - start, int(answer.stdout) * 1024
+    answer = subprocess.run([sys.executable, "-c", _EXPORT, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    return time.perf_counter() - start, int(answer.stdout.splitlines()[-1]) * 1024
 
 
 def _measure(size: str, kind: str, folder: Path, rounds: int, progress: Progress) -> list[Record]:

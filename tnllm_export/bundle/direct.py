@@ -22,14 +22,16 @@ from numpy.typing import NDArray
 
 from tnllm_export.bundle.manifest import FileRecord
 
-BUFFER_BYTES = 1 << 24
-_BUFFERS = 4
+BUFFER_BYTES = 1 << 25
+_BUFFERS = 6
+_WRITERS = 4
+"""Writes at once: disks want a queue, and past the cache nobody else makes one."""
 
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # not everywhere
 
 
 class DirectFile:
-    """A new file; hashed by one thread and written by another, on the disk once settled.
+    """A new file; hashed by one thread and written by others, on the disk once settled.
 
     Where a file system does not write past the cache, or not a piece of this size, the cache is used after all.
     """
@@ -38,7 +40,7 @@ class DirectFile:
         self._handle = _create(path)
         self._hash = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
-        self._writer = ThreadPoolExecutor(max_workers=2, thread_name_prefix="write")
+        self._writer = ThreadPoolExecutor(max_workers=_WRITERS, thread_name_prefix="write")
         self._buffers = deque(_Buffer() for _ in range(_BUFFERS))
         self._filled = 0
         self._flushed = 0
@@ -74,7 +76,7 @@ class DirectFile:
         return FileRecord(sha256=self._hash.hexdigest(), bytes=self._flushed)
 
     def _flush(self) -> None:
-        """Hand the first buffer over to both threads; the one they have had longest is the next."""
+        """Hand the first buffer over to the threads; the one that they have had longest is the next."""
         filled = self._buffers[0].bytes[: self._filled].data
         self._buffers[0].tasks = [
             self._hasher.submit(self._hash.update, filled),
@@ -119,12 +121,12 @@ def _create(path: Path) -> int:
 
 def _write(handle: int, data: memoryview, offset: int) -> None:
     while data:
+        flags = fcntl.fcntl(handle, fcntl.F_GETFL)  # as they are now: another thread may see an error of its own below
         try:
             written = os.pwrite(handle, data, offset)
         except OSError as error:
             # Past the cache only whole blocks can be written: not the end of most files, nor what follows a write that
             # took less than it was given, e.g. the last that fits before the disk is full.
-            flags = fcntl.fcntl(handle, fcntl.F_GETFL)
             if error.errno != errno.EINVAL or not flags & _DIRECT:
                 raise
             fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~_DIRECT)

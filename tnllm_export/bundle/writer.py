@@ -23,8 +23,9 @@ from tnllm_export.errors import BundleExistsError, WriteError
 from tnllm_export.models.finite import check_cast
 from tnllm_export.progress import Progress, silent
 
-_PIECE_BYTES = 1 << 23
-"""How much of a weight is cast, checked and copied at once: little enough to stay in a processor's cache meanwhile."""
+_PIECE_BYTES = 1 << 26
+"""How much of a weight is cast, checked and copied at once. Between pieces the writer waits for its turn in the
+interpreter, which an export shares with the tracer; so there are few."""
 
 _ADDED_LATER = ("engines/", "reports/")
 """Folders that other commands add to a bundle; they go with it when it is replaced."""
@@ -114,7 +115,7 @@ class BundleWriter:
                 dtype = DTYPES[expected.spec.dtype]
                 size = _PIECE_BYTES // max(tensor.itemsize, dtype.itemsize)
                 for source in torch.split(tensor.detach().reshape(-1), size):
-                    piece = source.to(dtype)
+                    piece = source if source.dtype == dtype else source.to(dtype)
                     check_cast(name, source, piece)
                     file.write(piece.view(torch.uint8).numpy())
                     done += piece.nbytes

@@ -4,7 +4,6 @@
 import contextlib
 import gc
 import importlib.metadata
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +34,6 @@ from tnllm_export.targets import TARGETS, Target
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DEFAULT_TARGET = next(target for target in TARGETS if target.name == "onnxruntime-cpu")
-
-_SWITCH_SECONDS = 0.0005
 
 _TOOLS = ("tnllm-export", "torch", "onnx", "onnx-ir", "onnxscript")
 
@@ -70,7 +67,7 @@ def export_bundle(
         WriteError: Disk full, no permission.
     """
     _check_options(dtype, lowering, logits)
-    with _undisturbed(), BundleWriter(output, overwrite) as writer:
+    with _without_pauses(), BundleWriter(output, overwrite) as writer:
         opened = open_checkpoint(checkpoint)
         if opened.tokenizer_path is not None:
             load_tokenizer(opened.tokenizer_path, opened.config.vocab_size)  # a broken one is found now, not later
@@ -105,19 +102,13 @@ def export_bundle(
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let the graphs be made without pauses for garbage, beside a writer that must not wait for the interpreter.
-
-    Tracing makes millions of objects, hardly any of them garbage, and looking for it takes a fifth of the time. The
-    writer's many short steps would each wait up to 5 ms for the tracer to hand over the interpreter.
-    """
-    collecting, interval = gc.isenabled(), sys.getswitchinterval()
+def _without_pauses() -> Iterator[None]:
+    """Don't look for garbage: tracing makes millions of objects that stay, and a fifth of it would be the search."""
+    collecting = gc.isenabled()
     gc.disable()
-    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         yield
     finally:
-        sys.setswitchinterval(interval)
         if collecting:
             gc.enable()
 

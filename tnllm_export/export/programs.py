@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
@@ -85,7 +86,8 @@ def trace_programs(config: TransnormerConfig, dtype: torch.dtype, logits: Logits
 
 def _trace(fake: FakeTensorMode, module: nn.Module, arguments: tuple[Any, ...], shapes: Any) -> ExportedProgram:
     try:
-        with fake, warnings.catch_warnings():
+        # Most calls are made once or twice: to remember what they gave would take a quarter of the time.
+        with fake, dynamo_config.patch(fake_tensor_cache_enabled=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:

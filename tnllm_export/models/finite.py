@@ -5,8 +5,13 @@ from torch import Tensor
 
 from tnllm_export.errors import NonFiniteWeightsError
 
-_SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The integers as wide as a floating-point number, by its bytes."""
+# Of each dtype: the integers as wide as it is, signed, and the bits of its infinity.
+_BITS = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F80_0000),
+    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
+}
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -19,11 +24,13 @@ def is_finite(tensor: Tensor) -> bool:
     """
     if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
         return True
-    infinity = torch.tensor(torch.inf, dtype=tensor.dtype).view(_SIGNED[tensor.itemsize]).item()
-    bits = tensor.contiguous().view(_SIGNED[tensor.itemsize]).numpy()
+    integers, infinity = _BITS[tensor.dtype]
+    bits = (tensor if tensor.is_contiguous() else tensor.contiguous()).view(integers).numpy()
     unsigned = bits.view(f"u{bits.itemsize}")
     sign = 1 << (8 * bits.itemsize - 1)
     return bool(bits.max() < infinity) and bool(unsigned.max() < infinity + sign)
+
+
 def check_cast(name: str, source: Tensor, cast: Tensor) -> None:
     """Check what became of a weight, or a piece of it, that was cast.
 

@@ -15,12 +15,15 @@ from tnllm_export.errors import BundleExistsError, NonFiniteWeightsError, WriteE
 Write = Callable[..., Bundle]
 
 
-def test_weights_are_cast_and_written_where_they_were_planned(place: Path, manifest: Manifest) -> None:
+def test_weights_are_cast_and_written_where_they_were_planned(
+    place: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tnllm_export.bundle.writer._PIECE_BYTES", 1 << 20)
     torch.manual_seed(1)
     tensors = {"big": torch.randn(2100, 2003), "t": torch.randn(3, 5).t(), "scalar": torch.tensor(7.0)}
     layout = plan_weights(
         [
-            TensorSpec("big", "bfloat16", (2100, 2003)),  # more than one piece of 8 MiB, as float32
+            TensorSpec("big", "bfloat16", (2100, 2003)),  # more than one piece
             TensorSpec("t", "float32", (5, 3)),
             TensorSpec("scalar", "float16", ()),
         ]

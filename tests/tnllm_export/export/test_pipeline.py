@@ -1,5 +1,6 @@
 """What an export leaves on the disk, in every lowering and dtype."""
 
+import gc
 import json
 import os
 import signal
@@ -114,6 +115,17 @@ def test_unknown_options_are_named(tmp_path, options, message):
     with pytest.raises(ExportError, match=message):
         export_bundle(CHECKPOINT, tmp_path / "bundle", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_garbage_is_collected_afterwards_as_it_was_before(tmp_path, collecting):
+    try:
+        (gc.enable if collecting else gc.disable)()
+        with pytest.raises(CheckpointNotFoundError):
+            export_bundle(tmp_path / "nothing", tmp_path / "bundle")
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
 
 
 def test_an_output_that_exists_is_refused_before_any_work_and_kept(tmp_path):
