@@ -4,7 +4,7 @@ The seam to the kernels is `tnllm_export.kernels.compiled`: ahead-of-time compil
 hold the code, the sizes it was compiled for, and the names of the arguments that it takes, in order. The launcher
 (`src/launch.cpp`) knows where each name's value comes from; which row a call takes, how many segments it is cut into
 and how much workspace it needs is `src/plan.cpp`, which follows `kernels/lightning_attention/sweep_plan.py` and
-`step_kernel.py`. So a kernel may gain, lose or reorder arguments of the known names without a change in C++.
+`step_plan.py`. So a kernel may gain, lose or reorder arguments of the known names without a change in C++.
 """
 
 import functools

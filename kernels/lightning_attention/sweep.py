@@ -9,8 +9,8 @@ matrix products (`blocked.py` has the formulas). The state at the start of its s
 - from `past_state`, when there is one segment;
 - by walking the tokens before the segment without output (HANDOVER = "recompute"), when they are few;
 - from the program before it ("chain"): it first walks its own segment without output, waits for the state before the
-  segment, adds both, passes the sum on, and only then walks the segment again for the output. The second walk finds key
-  and value in the L2 cache, and the states go through two slots per head, so memory sees every tensor once.
+  segment, adds both, passes the sum on, and only then walks the segment again for the output. In short
+  segments the second walk finds key and value in the L2 cache. The states go through two slots per head.
 
 Programs take tickets in the order in which they start, and wait only for lower tickets: no order of the hardware's
 scheduler can lock them up. The sums have one fixed order, so two runs give the same bits.

@@ -5,6 +5,8 @@
 namespace tnllm {
 namespace {
 
+constexpr int64_t kMostSegments = 65535;  // the longest second axis of a grid
+constexpr int32_t kLeastShared = 99 * 1024;  // bytes that a program may have on 8.6 and 8.9; more on 8.0
 constexpr int64_t kMostProcessors = 256;  // no GPU has more multiprocessors; used where the GPU is not known yet
 
 int64_t ceilDiv(int64_t a, int64_t b) noexcept { return (a + b - 1) / b; }
@@ -22,7 +24,8 @@ bool runsOn(Kernel const& kernel, int32_t capability) noexcept
     if (kernel.capability == capability) {
         return true;
     }
-    return capability < 90 && kernel.capability / 10 == capability / 10 && kernel.capability < capability;
+    return capability < 90 && kernel.capability / 10 == capability / 10 && kernel.capability < capability
+        && kernel.sharedBytes <= kLeastShared;
 }
 
 int64_t columnsOf(Kernel const& kernel, Call const& call) noexcept
@@ -86,7 +89,8 @@ bool chooseChunk(Call const& call, int32_t capability, int32_t processors, Plan&
     plan.kernel = cut;
     int64_t const spread = std::max<int64_t>(processors / std::max<int64_t>(plan.columns, 1), 2);
     plan.segmentChunks = few ? ceilDiv(chunks, std::min<int64_t>(spread, kRecomputeSegments))
-                             : std::min<int64_t>(ceilDiv(chunks, wanted), kLongSegment);
+                             : std::max(std::min<int64_t>(ceilDiv(chunks, wanted), kLongSegment),
+                                   ceilDiv(chunks, kMostSegments));
     plan.segments = ceilDiv(chunks, plan.segmentChunks);
     return true;
 }

@@ -1,5 +1,5 @@
 // From the shapes of a call to a kernel, its grid and its workspace. The rules are those of
-// kernels/lightning_attention/sweep_plan.py and step_kernel.py; nothing here touches a device.
+// kernels/lightning_attention/sweep_plan.py and step_plan.py; nothing here touches a device.
 #pragma once
 
 #include "kernels.h"
