@@ -81,6 +81,27 @@ def time_table(records: list[Record]) -> str:
     return rows(header, lines) + absences(records)
 
 
+def short_table(records: list[Record]) -> str:
+    """The work in a graph, or called from Python where it was not captured: ours, the best linear peer, the floor."""
+    shapes: dict[str, list[Record]] = {}
+    for record in records:
+        shape, how = record.case.split(" | ")
+        if how == names.GRAPH or f"{shape} | {names.GRAPH}" not in {other.case for other in records}:
+            shapes.setdefault(shape, []).append(record)
+    lines = []
+    for shape, found in shapes.items():
+        values = peer_values(found)
+        rival = best(values, LINEAR_PEERS)
+        name = next((peer for peer in LINEAR_PEERS if rival is not None and values.get(peer) == rival), "")
+        lines.append(
+            [shape, figure(found[0].value), f"{figure(rival)} ({name})", share(found[0].value, rival),
+             figure(found[0].floor), share(found[0].floor, found[0].value)]
+        )  # fmt: skip
+    unit = records[0].unit
+    header = ["B, H, T", f"ours ({unit})", "best linear-attention peer", "ours / peer", "floor", "floor / ours"]
+    return rows(header, lines)
+
+
 def parity_table(records: list[Record]) -> str:
     """Errors against float64: the worst over shapes and layers, by dtype and quantity."""
     peers = [name for name in dict.fromkeys(peer_name(record) for record in records) if name != names.OURS]
@@ -214,6 +235,9 @@ TABLES: dict[str, Table] = {
     names.PROFILE: profile_table,
 }
 """By name of the records; `<!-- begin NAME -->` marks the place in the page."""
+
+SHORT_TABLES: dict[str, Table] = {names.FORWARD: short_table, names.DECODE: short_table}
+"""What the README shows of them."""
 
 PICTURES = {
     names.BACKWARD: "![Time over T of every form and the floor](images/attention_time.svg)",

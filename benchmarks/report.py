@@ -12,31 +12,29 @@ from benchmarks import constant_cost, drift, performance, performance_plots, sca
 from benchmarks.performance import Table, rows
 from benchmarks.records import RESULTS, ROOT, Record, load
 
-DOCS = ROOT / "docs"
 
-
-def write(docs: Path = DOCS, results: Path = RESULTS) -> None:
+def write(root: Path = ROOT, results: Path = RESULTS) -> None:
     """Rewrite what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` in the pages, and the plots.
 
     Args:
-        docs: Where the pages are.
+        root: Where the README and `docs` are.
         results: Where the results files are.
     """
     devices = {path.stem: load(path) for path in sorted(results.glob("*.json"))}
     for page, tables in PAGES.items():
-        text = (docs / page).read_text(encoding="utf-8")
+        text = (root / page).read_text(encoding="utf-8")
         for device, records in devices.items():
             for name, table in tables.items():
                 chosen = [record for record in records if record.name == name]
                 if chosen:
                     parts = (table(chosen), performance.PICTURES.get(name), _source(device, chosen))
                     text = _replace(text, name, "\n\n".join(part for part in parts if part), page)
-        (docs / page).write_text(text, encoding="utf-8")
+        (root / page).write_text(text, encoding="utf-8")
     for records in devices.values():
         drifts = [record for record in records if record.name == drift.NAME]
         if drifts:
-            _plot_drift(drifts, docs / "images" / "drift.svg")
-        performance_plots.plot(records, docs / "images")
+            _plot_drift(drifts, root / "docs" / "images" / "drift.svg")
+        performance_plots.plot(records, root / "docs" / "images")
 
 
 def _replace(text: str, name: str, content: str, page: str) -> str:
@@ -118,7 +116,8 @@ def _plot_drift(records: list[Record], path: Path) -> None:
 
 
 PAGES: dict[str, dict[str, Table]] = {
-    "parity.md": {drift.NAME: _drift_table, constant_cost.NAME: _cost_table, scale.NAME: _scale_table},
-    "performance.md": performance.TABLES,
+    "docs/parity.md": {drift.NAME: _drift_table, constant_cost.NAME: _cost_table, scale.NAME: _scale_table},
+    "docs/performance.md": performance.TABLES,
+    "README.md": performance.SHORT_TABLES,
 }
 """Each page and its tables, by name of the records."""
