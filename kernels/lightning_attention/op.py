@@ -105,6 +105,33 @@ def lightning_attention_step(
     return _step(query, key, value, slope_rate, past_state)
 
 
+def lightning_attention_step_in_place(
+    query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, state: Tensor
+) -> Tensor:
+    """Compute `lightning_attention_step` and write the new state where the old one was; return output [B, H, V].
+
+    For runtimes that own the state, and for CUDA graphs, which are bound to its address. It is not traced.
+
+    Args:
+        query, key, value, slope_rate: As for `lightning_attention_step`.
+        state: [B, H, K, V] float32 (float64), contiguous; read and written.
+
+    Raises:
+        ValueError: A shape does not fit, or the state is not contiguous.
+        TypeError: A dtype does not fit.
+    """
+    check_step_inputs(query, key, value, slope_rate, state)
+    if not state.is_contiguous():
+        raise ValueError(f"state has strides {state.stride()}; expected a contiguous one, to be written in place")
+    if _runs_triton(query, value):
+        output = torch.empty_like(value, memory_format=torch.contiguous_format)
+        _triton_step().step(query, key, value, slope_rate, state, output, state)
+        return output
+    output, present_state = _step(query, key, value, slope_rate, state)
+    state.copy_(present_state)
+    return output
+
+
 @torch.library.custom_op(LIGHTNING_ATTENTION.qualified_name, mutates_args=())
 def _chunk_op(
     query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, lengths: Tensor

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from tnllm_export.kernels.contract import accumulator_dtype
 from tnllm_export.kernels.layer import fused, gated_norm, glu_product, rotate, split_heads, srmsnorm
-from tnllm_export.kernels.lightning_attention import lightning_attention, lightning_attention_step
+from tnllm_export.kernels.lightning_attention import (
+    lightning_attention,
+    lightning_attention_step,
+    lightning_attention_step_in_place,
+)
 from tnllm_export.models.config import Activation, Norm, TransnormerConfig
 from tnllm_export.models.decay import slope_rates
 
@@ -102,17 +106,19 @@ class GatedLinearAttention(nn.Module):
         self.register_buffer("slope_rate", rates, persistent=False)
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None, positions: Tensor, past_state: Tensor
+        self, x: Tensor, lengths: Tensor | None, positions: Tensor, past_state: Tensor, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Attend over x [B, T, d] with positions [B, T], continuing past_state; return [B, T, d] and the new state.
 
-        `lengths` None means one decoded token, T = 1, by the recurrent step.
+        `lengths` None means one decoded token, T = 1, by the recurrent step; `in_place` lets it write over past_state.
         """
         query, key, value, gate = self._project(x, positions)
         if lengths is None:
-            output, present_state = lightning_attention_step(
-                query.squeeze(1), key.squeeze(1), value.squeeze(1), self.slope_rate, past_state
-            )
+            arguments = query.squeeze(1), key.squeeze(1), value.squeeze(1), self.slope_rate, past_state
+            if in_place:
+                output, present_state = lightning_attention_step_in_place(*arguments), past_state
+            else:
+                output, present_state = lightning_attention_step(*arguments)
             # [B, H, V] -> [B, 1, d]
             mixed = output.flatten(1).unsqueeze(1)
         else:
@@ -170,10 +176,10 @@ class TransnormerDecoderLayer(nn.Module):
         self.channel_mixer = SimpleGatedLinearUnit(config)
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None, positions: Tensor, past_state: Tensor
+        self, x: Tensor, lengths: Tensor | None, positions: Tensor, past_state: Tensor, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Map x [B, T, d] and the layer's state; `lengths` None means one decoded token (T = 1)."""
-        mixed, present_state = self.token_mixer(self.token_norm(x), lengths, positions, past_state)
+        """Map x [B, T, d] and the layer's state; `lengths` None means one decoded token (T = 1), perhaps `in_place`."""
+        mixed, present_state = self.token_mixer(self.token_norm(x), lengths, positions, past_state, in_place)
         x = x + mixed
         return x + self.channel_mixer(self.channel_norm(x)), present_state
 
@@ -189,7 +195,12 @@ class TransnormerModel(nn.Module):
         self.final_norm = make_norm(config.norm_type, config.decoder_embed_dim)
 
     def forward(
-        self, input_ids: Tensor, lengths: Tensor | None, positions: Tensor, past_state: Sequence[Tensor]
+        self,
+        input_ids: Tensor,
+        lengths: Tensor | None,
+        positions: Tensor,
+        past_state: Sequence[Tensor],
+        in_place: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """Map input_ids [B, T] to hidden states [B, T, d] and each layer's new state; positions [B] count the past."""
         x = self.embed_tokens(input_ids)
@@ -199,7 +210,7 @@ class TransnormerModel(nn.Module):
         token_positions = positions.unsqueeze(1) + torch.arange(input_ids.shape[1], device=input_ids.device)
         present_state = []
         for layer, state in zip(self.layers, past_state, strict=True):
-            x, state = layer(x, lengths, token_positions, state)  # noqa: PLW2901
+            x, state = layer(x, lengths, token_positions, state, in_place)  # noqa: PLW2901
             present_state.append(state)
         return self.final_norm(x), present_state
 
@@ -208,7 +219,7 @@ class TransnormerForCausalLM(nn.Module):
     """TransNormerLLM with its language-model head: the truth that every other runtime is compared with.
 
     `forward` is the prefill and training program, `decode` the one for a single token. Both return float32 logits
-    and the new recurrent states, [B, H, K, V] float32 per layer, and change nothing in place.
+    and the new recurrent states, [B, H, K, V] float32 per layer, and change nothing in place; `decode_in_place` does.
     """
 
     def __init__(self, config: TransnormerConfig) -> None:
@@ -289,6 +300,11 @@ class TransnormerForCausalLM(nn.Module):
         """Feed one token, input_ids [B, 1], by the robust recurrence; return logits [B, vocab] and new states."""
         hidden, present_state = self.model(input_ids, None, positions, past_state)
         return _wide(self.lm_head(hidden.squeeze(1))), present_state
+
+    def decode_in_place(self, input_ids: Tensor, positions: Tensor, state: Sequence[Tensor]) -> Tensor:
+        """Feed one token as `decode` does and write the new states over the old ones, which must be contiguous."""
+        hidden, _ = self.model(input_ids, None, positions, state, True)
+        return _wide(self.lm_head(hidden.squeeze(1)))
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tnllm_export.kernels.lightning_attention import lightning_attention_step
+from tnllm_export.kernels.dispatch import use_kernels
+from tnllm_export.kernels.lightning_attention import lightning_attention_step, lightning_attention_step_in_place
 from tnllm_export.kernels.lightning_attention.reference import lightning_attention_step_reference
 from tnllm_export.kernels.lightning_attention.step import lightning_attention_step_pytorch
 from tnllm_export.kernels.lightning_attention.step_kernel import step
@@ -42,6 +43,25 @@ def test_a_state_may_be_written_where_it_was_read(step_inputs, device, value_blo
     assert outputs[0].isfinite().all()
     assert torch.equal(*outputs)
     assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("form", ["triton", "pytorch"])
+def test_the_step_in_place_is_the_step_bit_for_bit(step_inputs, device, form):
+    *inputs, past_state = (x.to(device) for x in step_inputs(3, 2, 48, 80, torch.bfloat16))
+    with use_kernels(form):
+        expected_output, expected_state = lightning_attention_step(*inputs, past_state)
+        state = past_state.clone()
+        output = lightning_attention_step_in_place(*inputs, state)
+    assert torch.equal(output, expected_output)
+    assert torch.equal(state, expected_state)
+    assert not torch.equal(state, past_state)
+
+
+def test_a_state_with_gaps_is_not_written_in_place(step_inputs, device):
+    *inputs, past_state = (x.to(device) for x in step_inputs(1, 2, 16, 16, torch.float32))
+    gaps = past_state.transpose(2, 3)
+    with pytest.raises(ValueError, match="expected a contiguous one"):
+        lightning_attention_step_in_place(*inputs, gaps)
 
 
 @pytest.mark.usefixtures("triton")

@@ -87,6 +87,19 @@ def test_every_variant_decodes_what_it_prefills(fields):
         assert relative_error(found, reference) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_decoding_in_place_is_decoding_bit_for_bit(dtype):
+    model = make_model(dtype)
+    _, state = model(torch.randint(61, (2, 9)))
+    ids, positions = torch.randint(61, (2, 1)), torch.full((2,), 9)
+    expected, after = model.decode(ids, positions, state)
+    logits = model.decode_in_place(ids, positions, state)
+    assert torch.equal(logits, expected)
+    for found, wanted in zip(state, after, strict=True):
+        assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize(
     "fields", [{"decay_type": "paper"}, {"linear_act_fun": "none"}, {"linear_use_gate": False}], ids=str
 )
