@@ -32,7 +32,8 @@ def compile_variant(variant: dict[str, Any]) -> dict[str, Any]:
             signature[name] = _pointer(name, variant["dtype"])
             attributes[(index,)] = _ALIGNED
         else:
-            signature[name] = "i32"
+            # From one sequence of a batch to the next may be more than 2^31 elements.
+            signature[name] = "i64" if name.endswith("_stride_b") else "i32"
             if "stride" in name:  # rows of heads are multiples of 16
                 attributes[(index,)] = _ALIGNED
     source = source_class(

@@ -29,7 +29,8 @@ INTEGERS = (
     *(f"{name}_stride_{axis}" for name in ("query", "key", "value", "output") for axis in "bth"),
     *(f"{name}_stride_{axis}" for name in ("past", "present") for axis in "bhkv"),
 )
-"""Arguments that are 32-bit integers. Tensors are dense, so strides follow from B, T, H, K and V."""
+"""Arguments that are integers: strides of batches (`_stride_b`) of 64 bits, others of 32. Tensors are dense, so strides
+follow from B, T, H, K and V."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,11 @@
 """From compute capabilities and head sizes to a plugin library: compile the kernels, then the library around them."""
 
-import importlib
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
 
 from tnllm_export.errors import PluginBuildError, WriteError
-from tnllm_export.kernels.compiled import KernelTable
+from tnllm_export.kernels.compile import compile_table
 from tnllm_export.plugins.library import build_library, find_compiler, find_headers
 from tnllm_export.progress import Progress, silent
 
@@ -19,22 +16,6 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 RELEASED_HEAD_SIZES = ((256, 128), (128, 128))
 """K and V of every released model: in the layer with LRPE, and in the others."""
-
-_COMPILER = "tnllm_export.kernels.compile"
-
-
-class CompileTable(Protocol):
-    """What `kernels.compile.compile_table` has to be."""
-
-    def __call__(
-        self,
-        capabilities: Sequence[int],
-        head_sizes: Sequence[tuple[int, int]],
-        dtypes: Sequence[str],
-        *,
-        progress: Progress,
-    ) -> KernelTable:
-        """Compile every variant of both ops, without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,7 @@ def build_plugin(
     # What is missing is told before minutes are spent on kernels.
     find_compiler()
     find_headers(include)
-    table = _compile_table()(options.capabilities, options.head_sizes, options.dtypes, progress=progress)
+    table = compile_table(options.capabilities, options.head_sizes, options.dtypes, progress=progress)
     progress("compiling the plugin library", 0, 1)
     library = build_library(table, include=include)
     progress("compiling the plugin library", 1, 1)
@@ -97,12 +78,3 @@ def build_plugin(
     except OSError as error:
         raise WriteError(f"{output}: could not be written, {error.strerror}; choose another path") from error
 
-
-def _compile_table() -> CompileTable:
-    try:
-        module = importlib.import_module(_COMPILER)
-    except ImportError as error:
-        raise PluginBuildError(
-            f"kernels can't be compiled here ({error}); install Triton with: pip install 'tnllm-export[triton]'"
-        ) from error
-    return cast(CompileTable, module.compile_table)

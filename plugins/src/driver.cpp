@@ -30,6 +30,7 @@ struct Opened {
         find(driver.cuModuleGetFunction, "cuModuleGetFunction");
         find(driver.cuFuncSetAttribute, "cuFuncSetAttribute");
         find(driver.cuMemsetD32Async, "cuMemsetD32Async");
+        find(driver.cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2");
         find(driver.cuLaunchKernel, "cuLaunchKernel");
     }
 };

@@ -35,6 +35,7 @@ struct Driver {
     CUresult (*cuModuleGetFunction)(CUfunction*, CUmodule, char const*);
     CUresult (*cuFuncSetAttribute)(CUfunction, int, int);
     CUresult (*cuMemsetD32Async)(CUdeviceptr, unsigned, size_t, CUstream);
+    CUresult (*cuMemcpyDtoDAsync)(CUdeviceptr, CUdeviceptr, size_t, CUstream);
     CUresult (*cuLaunchKernel)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
         CUstream, void**, void**);
 };

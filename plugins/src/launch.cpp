@@ -85,6 +85,10 @@ bool launch(Call const& call, Plan const& plan, Device const& device, Addresses 
         reason = "no workspace was given";
         return false;
     }
+    if (plan.workspaceBytes > 0 && reinterpret_cast<uintptr_t>(workspace) % plan.kernel->scratchAlignment != 0) {
+        reason = "the workspace is not aligned";
+        return false;
+    }
     Driver const& cuda = *driver();
     auto* const base = static_cast<unsigned char*>(workspace);
     if (plan.kernel->handover == Handover::chain) {
@@ -98,19 +102,34 @@ bool launch(Call const& call, Plan const& plan, Device const& device, Addresses 
     }
     addresses.of[int(Argument::scratch)] = plan.kernel->scratchBytes > 0 ? base + plan.scratchOffset : nullptr;
 
-    int32_t integers[kMaxArguments];
+    // The driver reads as many bytes as the kernel's parameter has, 4 or 8: the low ones come first.
+    int64_t integers[kMaxArguments];
     void* arguments[kMaxArguments];
     for (int32_t i = 0; i < plan.kernel->argumentCount; ++i) {
         Argument const argument = plan.kernel->arguments[i];
         if (int(argument) < kPointers) {
             arguments[i] = &addresses.of[int(argument)];
         } else {
-            integers[i] = int32_t(integer(argument, call, plan));
+            integers[i] = integer(argument, call, plan);
             arguments[i] = &integers[i];
         }
     }
     CUresult const result = cuda.cuLaunchKernel(kernel, unsigned(plan.columns), unsigned(plan.segments), 1,
         unsigned(plan.kernel->threads), 1, 1, unsigned(plan.kernel->sharedBytes), stream, arguments, nullptr);
+    if (result != 0) {
+        reason = errorName(result);
+    }
+    return result == 0;
+}
+
+bool copyState(Call const& call, void const* past, void* present, CUstream stream, char const*& reason) noexcept
+{
+    if (past == present) {
+        return true;
+    }
+    size_t const bytes = sizeof(float) * call.B * call.H * call.K * call.V;
+    CUresult const result = driver()->cuMemcpyDtoDAsync(
+        reinterpret_cast<CUdeviceptr>(present), reinterpret_cast<CUdeviceptr>(past), bytes, stream);
     if (result != 0) {
         reason = errorName(result);
     }

@@ -18,4 +18,7 @@ bool load(Plan const& plan, Device const& device, char const*& reason) noexcept;
 bool launch(Call const& call, Plan const& plan, Device const& device, Addresses addresses, void* workspace,
     CUstream stream, char const*& reason) noexcept;
 
+// Copy the state of a call without tokens. On failure return false with a reason.
+bool copyState(Call const& call, void const* past, void* present, CUstream stream, char const*& reason) noexcept;
+
 }  // namespace tnllm

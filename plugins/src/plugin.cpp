@@ -30,6 +30,7 @@ constexpr int32_t kOutputs = 2;
 constexpr int32_t kPastState = 4;  // place among the inputs
 constexpr int32_t kFailed = 1;
 constexpr char const* kInputNames[] = {"query", "key", "value", "slope_rate", "past_state", "lengths"};
+constexpr char const* kOutputNames[] = {"output", "present_state"};
 constexpr Argument kInputs[] = {Argument::query, Argument::key, Argument::value, Argument::slope_rate,
     Argument::past_state, Argument::lengths};
 
@@ -161,6 +162,18 @@ int32_t checkShapes(Op op, Dims const* const* shapes) noexcept
         bad = checkSize(op, "lengths", 0, shapes[5]->d[0], query.d[0], "query");
     }
     return bad;
+}
+
+// Kernels read and write 16 bytes at once.
+int32_t checkAddress(Op op, char const* tensor, void const* address) noexcept
+{
+    if (address == nullptr) {
+        return fail(op, "%s has no address", tensor);
+    }
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+        return fail(op, "%s is at %p; expected a multiple of 16", tensor, address);
+    }
+    return 0;
 }
 
 Call makeCall(Op op, DataType type, Dims const& query, Dims const& value) noexcept
@@ -316,25 +329,15 @@ public:
     int32_t onShapeChange(
         PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*, int32_t) noexcept override
     {
-        DataType types[6];
-        Dims const* shapes[6];
         if (nbInputs != inputCount(mOp)) {
             return fail(mOp, "has %d inputs; expected %d", nbInputs, inputCount(mOp));
         }
-        for (int32_t i = 0; i < nbInputs; ++i) {
-            types[i] = in[i].type;
-            shapes[i] = &in[i].dims;
-        }
-        if (int32_t const bad = checkTypes(mOp, types, nbInputs)) {
-            return bad;
-        }
-        if (int32_t const bad = checkShapes(mOp, shapes)) {
-            return bad;
-        }
-        Call const call = makeCall(mOp, types[0], *shapes[0], *shapes[2]);
+        Call call{};
         Device device{};
         Plan plan{};
-        if (int32_t const bad = prepare(call, device, plan)) {
+        int32_t bad = read(in, call);
+        bad = bad != 0 ? bad : prepare(call, device, plan);
+        if (bad != 0) {
             return bad;
         }
         char const* reason = nullptr;
@@ -344,22 +347,37 @@ public:
     int32_t enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,
         void* const* outputs, void* workspace, cudaStream_t stream) noexcept override
     {
-        Call const call = makeCall(mOp, inputDesc[0].type, inputDesc[0].dims, inputDesc[2].dims);
-        if (call.B == 0 || call.T == 0 || call.H == 0) {
+        Call call{};
+        if (int32_t const bad = read(inputDesc, call)) {
+            return bad;
+        }
+        if (call.B == 0 || call.H == 0) {
             return 0;
         }
         Device device{};
         Plan plan{};
-        if (int32_t const bad = prepare(call, device, plan)) {
-            return bad;
+        int32_t bad = prepare(call, device, plan);
+        if (bad == 0 && (inputs == nullptr || outputs == nullptr)) {
+            bad = fail(mOp, "was given no addresses");
         }
         Addresses addresses{};
-        for (int32_t i = 0; i < inputCount(mOp); ++i) {
+        for (int32_t i = 0; i < inputCount(mOp) && bad == 0; ++i) {
+            bad = call.T == 0 && i != kPastState ? 0 : checkAddress(mOp, kInputNames[i], inputs[i]);
             addresses.of[int(kInputs[i])] = inputs[i];
+        }
+        for (int32_t i = 0; i < kOutputs && bad == 0; ++i) {
+            bad = call.T == 0 && i == 0 ? 0 : checkAddress(mOp, kOutputNames[i], outputs[i]);
+        }
+        if (bad != 0) {
+            return bad;
+        }
+        char const* reason = nullptr;
+        if (call.T == 0) {
+            bool const copied = copyState(call, inputs[kPastState], outputs[1], stream, reason);
+            return copied ? 0 : fail(mOp, "past_state could not be copied: %s", reason);
         }
         addresses.of[int(Argument::output)] = outputs[0];
         addresses.of[int(Argument::present_state)] = outputs[1];
-        char const* reason = nullptr;
         bool const launched = launch(call, plan, device, addresses, workspace, stream, reason);
         return launched ? 0 : fail(mOp, "kernel %s could not be launched: %s", plan.kernel->entry, reason);
     }
@@ -369,6 +387,26 @@ public:
     PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &mCollection; }
 
 private:
+    // Check the tensors of a call and take its shapes from them.
+    int32_t read(PluginTensorDesc const* in, Call& call) const noexcept
+    {
+        if (in == nullptr) {
+            return fail(mOp, "was given no descriptors of its inputs");
+        }
+        DataType types[6];
+        Dims const* shapes[6];
+        for (int32_t i = 0; i < inputCount(mOp); ++i) {
+            types[i] = in[i].type;
+            shapes[i] = &in[i].dims;
+        }
+        int32_t bad = checkTypes(mOp, types, inputCount(mOp));
+        bad = bad != 0 ? bad : checkShapes(mOp, shapes);
+        if (bad == 0) {
+            call = makeCall(mOp, types[0], *shapes[0], *shapes[2]);
+        }
+        return bad;
+    }
+
     int32_t prepare(Call const& call, Device& device, Plan& plan) const noexcept
     {
         char const* reason = nullptr;

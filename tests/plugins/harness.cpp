@@ -155,8 +155,18 @@ static void drive(IPluginCreatorV3One& creator)
     int32_t const queued = live->enqueue(fixed.data(), fixed.data() + inputs, nothing, nowhere, nullptr, nullptr);
     bool const said = gFinder.logger.last.find("the device can't be told: ") != std::string::npos;
     check(shaped != 0 && queued != 0 && said, op + ": says that there is no device");
-    auto empty = fixed;
-    empty[0].dims.d[0] = 0;
+    check(live->enqueue(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr) != 0
+            && live->onShapeChange(nullptr, inputs, nullptr, 2) != 0,
+        op + ": bears to be given nothing");
+    auto other = fixed;
+    other[1].dims.d[0] = 3;
+    check(live->enqueue(other.data(), other.data() + inputs, nothing, nowhere, nullptr, nullptr) != 0
+            && gFinder.logger.last.find("axis 0 of key is 3; expected 2") != std::string::npos,
+        op + ": shapes of a call that do not fit are named");
+    std::vector<PluginTensorDesc> empty;
+    for (auto const& port : ports(step, DataType::kBF16, 0, 63, 96, 48)) {
+        empty.push_back(port.desc);
+    }
     check(live->enqueue(empty.data(), empty.data() + inputs, nothing, nowhere, nullptr, nullptr) == 0,
         op + ": nothing to do needs no device");
     for (IPluginV3* plugin : {made, inPlace, again, clone, attached}) {

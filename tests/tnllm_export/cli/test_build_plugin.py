@@ -1,8 +1,6 @@
 """`build-plugin`: from compute capabilities to a library, with the kernels' compiler in the place of a fake."""
 
 import json
-import sys
-import types
 
 import pytest
 from typer.testing import CliRunner
@@ -22,9 +20,7 @@ def asked(monkeypatch, tmp_path):
         calls.append((tuple(capabilities), tuple(head_sizes), tuple(dtypes)))
         return fake_table()
 
-    module = types.ModuleType("tnllm_export.kernels.compile")
-    module.compile_table = compile_table
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("tnllm_export.plugins.build.compile_table", compile_table)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return calls
 
@@ -66,8 +62,8 @@ def test_what_cannot_be_compiled_is_told_in_one_line(asked):
         PluginOptions(head_sizes=((24, 16),))
 
 
-def test_without_triton_one_line_names_the_extra(asked, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tnllm_export.kernels.compile", None)
+def test_without_triton_one_line_names_the_extra(monkeypatch):
+    monkeypatch.setattr("tnllm_export.kernels.compile.find_spec", lambda name: None)
     result = invoke("--sm", "86")
     assert result.exit_code == PluginBuildError.exit_code
     assert "pip install 'tnllm-export[triton]'" in result.stderr
