@@ -1,4 +1,4 @@
-"""Batches of more than 2^31 elements: strides between sequences have 64 bits from the launcher into the machine code."""
+"""Batches of more than 2^31 elements: strides between sequences have 64 bits, up to the machine code."""
 
 import struct
 from collections.abc import Iterator
