@@ -25,7 +25,8 @@ The tree:
     │   └── EngineMismatchError      corrupt, of another version, or not for this GPU
     ├── RuntimeTargetError       a bundle and the runtime it shall run on
     │   ├── RuntimeMissingError      the optional dependency is not installed
-    │   └── UnsupportedTargetError   dtype or lowering that the runtime does not run
+    │   ├── UnsupportedTargetError   dtype or lowering that the runtime does not run
+    │   └── DeviceMemoryError        the GPU's memory does not suffice
     ├── RequestError             what is asked of a loaded model
     │   ├── PromptError              empty, too long, token id out of range
     │   ├── TextUnsupportedError     text for a model without a tokenizer
@@ -183,6 +184,12 @@ class UnsupportedTargetError(RuntimeTargetError):
     """The runtime can't run this dtype or lowering."""
 
     exit_code = 42
+
+
+class DeviceMemoryError(RuntimeTargetError):
+    """The GPU's memory does not suffice. Nothing was changed: states that the caller holds are usable."""
+
+    exit_code = 43
 
 
 class RequestError(TnllmError):

@@ -1,17 +1,23 @@
-"""The eager model as a runtime: the truth that every other runtime is compared with."""
+"""The PyTorch model as a runtime: on the CPU the truth that others are compared with, on CUDA with captured decode.
 
-from typing import Self
+On CUDA, prefill runs eagerly, with Triton kernels and any number of tokens at once; decode is a CUDA graph.
+"""
+
+from typing import Literal, Self, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from tnllm_export.bundle import Bundle
+from tnllm_export.errors import UnsupportedTargetError
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.decay import slope_rates
 from tnllm_export.models.modeling import GatedLinearAttention, Logits, TransnormerForCausalLM
+from tnllm_export.runtime.cuda_graphs import Capture, DecodeGraphs, GraphState
+from tnllm_export.runtime.device_memory import reporting_out_of_memory
 from tnllm_export.runtime.protocol import RuntimeInfo, State
-from tnllm_export.runtime.state import StateHandle, check_batch, check_handle, check_state_tensors
+from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors
 from tnllm_export.runtime.support import check_supported, weights_id
 from tnllm_export.runtime.validation import check_decode, check_prefill
 
@@ -19,12 +25,32 @@ from tnllm_export.runtime.validation import check_decode, check_prefill
 class TorchRuntime:
     """Runs `TransnormerForCausalLM` under `torch.inference_mode`; the model is used as it is, on its device.
 
-    A float64 model works too: its states and logits are float64.
+    A float64 model works too: its states and logits are float64. Logits stay on the device. A state that was decoded on
+    CUDA lives in its graph (see `cuda_graphs`): of as many bytes as weights and one state, little more is used.
     """
 
-    def __init__(self, model: TransnormerForCausalLM, *, logits: Logits = "last", weights_id: str = "") -> None:
+    def __init__(
+        self,
+        model: TransnormerForCausalLM,
+        *,
+        logits: Logits = "last",
+        weights_id: str = "",
+        capture: Capture | Literal["auto"] | None = "auto",
+    ) -> None:
+        """Make a runtime.
+
+        Args:
+            model: What is run.
+            logits: Which logits `prefill` returns.
+            weights_id: Which weights these are.
+            capture: How decode steps are captured: "auto" as CUDA graphs on a CUDA device, None not at all.
+        """
         weight = model.lm_head.weight
         self._model = model
+        self._device = weight.device
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None and (capture != "auto" or weight.device.type == "cuda"):
+            self._graphs = DecodeGraphs(model, None if capture == "auto" else capture)
         self._logits: Logits = logits
         self._info = RuntimeInfo(
             name="torch",
@@ -43,15 +69,21 @@ class TorchRuntime:
 
         Raises:
             UnsupportedTargetError: PyTorch does not run here on `device`.
+            DeviceMemoryError: The weights do not fit into the GPU's memory.
         """
         check_supported(bundle, "torch", device)
         if threads is not None:
             torch.set_num_threads(threads)
+        place = torch.device(device) if device == "cpu" else _current_gpu()
         tensors = {}
-        with safe_open(bundle.weights_path, framework="pt", device=device) as file:
+        way_out = "free it for others' work, or load the bundle with --device cpu"
+        with (
+            reporting_out_of_memory(place, f"{bundle.path}: loading the weights", way_out),
+            safe_open(bundle.weights_path, framework="pt", device=str(place)) as file,
+        ):
             for name in file.keys():  # noqa: SIM118 - the handle is no dict
                 tensors[name] = file.get_tensor(name)
-        model = model_over(bundle.manifest.config, tensors, torch.device(device))
+        model = model_over(bundle.manifest.config, tensors, place)
         return cls(model, logits=bundle.manifest.logits, weights_id=weights_id(bundle))
 
     @property
@@ -67,28 +99,38 @@ class TorchRuntime:
     def initial_state(self, batch: int) -> State:
         """Return the all-zero state of `batch` sequences."""
         check_batch(batch)
-        return StateHandle(self, self._model.initial_state(batch))
+        with reporting_out_of_memory(self._device, f"a state of {batch} sequences", "take fewer at once"):
+            return GraphState(self, self._model.initial_state(batch))
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, lengths: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
-        """Feed input_ids [B, T]; see `Runtime.prefill`."""
+        """Feed input_ids [B, T]; see `Runtime.prefill`. Raises DeviceMemoryError where T is too large for the GPU."""
         check_prefill(self._info.config.vocab_size, input_ids, lengths, positions)
-        handle = check_handle(self, state, input_ids.shape[0])
-        device = self._model.lm_head.weight.device
-        logits, present = self._model(
-            input_ids.to(device), lengths.to(device), positions.to(device), handle.tensors, self._logits
-        )
-        return logits, StateHandle(self, present)
+        B, T = input_ids.shape
+        handle = check_handle(self, state, B)
+        with reporting_out_of_memory(
+            self._device, f"prefill of {B} x {T} tokens", "feed the prompt in smaller pieces (--prefill-chunk)"
+        ):
+            logits, present = self._model(
+                input_ids.to(self._device),
+                lengths.to(self._device),
+                positions.to(self._device),
+                handle.tensors,
+                self._logits,
+            )
+        return logits, GraphState(self, present)
 
     @torch.inference_mode()
     def decode(self, input_ids: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
-        """Feed input_ids [B, 1] and consume `state`; see `Runtime.decode`."""
+        """Feed input_ids [B, 1] and consume `state`; see `Runtime.decode`. Raises DeviceMemoryError as prefill does."""
         check_decode(self._info.config.vocab_size, input_ids, positions)
-        handle = check_handle(self, state, input_ids.shape[0])
-        device = self._model.lm_head.weight.device
-        logits, present = self._model.decode(input_ids.to(device), positions.to(device), handle.tensors)
+        handle = cast(GraphState, check_handle(self, state, input_ids.shape[0]))
+        if self._graphs is not None:
+            return self._graphs.decode(input_ids, positions, handle)
+        with reporting_out_of_memory(self._device, "decode", "let go of states that are not needed any more"):
+            logits, present = self._model.decode(input_ids.to(self._device), positions.to(self._device), handle.tensors)
         handle.consumed = True
-        return logits, StateHandle(self, present)
+        return logits, GraphState(self, present)
 
     def host_state(self, state: State) -> list[Tensor]:
         """Copy a state to the host: one [B, H, K, V] per layer."""
@@ -97,8 +139,8 @@ class TorchRuntime:
     def device_state(self, tensors: list[Tensor]) -> State:
         """Copy host tensors into a new state."""
         check_state_tensors(self._info.config, tensors, self._model.state_dtype)
-        device = self._model.lm_head.weight.device
-        return StateHandle(self, [tensor.detach().to(device, copy=True) for tensor in tensors])
+        with reporting_out_of_memory(self._device, "a state", "let go of states that are not needed any more"):
+            return GraphState(self, [tensor.detach().to(self._device, copy=True) for tensor in tensors])
 
 
 def model_over(config: TransnormerConfig, tensors: dict[str, Tensor], device: torch.device) -> TransnormerForCausalLM:
@@ -117,3 +159,14 @@ def model_over(config: TransnormerConfig, tensors: dict[str, Tensor], device: to
         rates = slope_rates(config.decay_type, layer, config.decoder_layers, config.decoder_attention_heads)
         mixer.slope_rate = rates.to(device)
     return model.requires_grad_(False)
+
+
+def _current_gpu() -> torch.device:
+    """The current CUDA device. Raises UnsupportedTargetError where PyTorch finds none."""
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else ", and this PyTorch is built without CUDA"
+        raise UnsupportedTargetError(
+            f"torch on cuda needs an NVIDIA GPU, and PyTorch finds no CUDA device{built}; run where there is one, or "
+            "with --device cpu"
+        )
+    return torch.device("cuda", torch.cuda.current_device())

@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.tnllm_export.runtime.fake_graphs import captured_on_the_cpu
 from tnllm_export.bundle import Bundle
 from tnllm_export.export import export_bundle
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
-from tnllm_export.runtime import Runtime, load_runtime
+from tnllm_export.runtime import Runtime, TorchRuntime, load_runtime
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +36,15 @@ def bundle(model: TransnormerForCausalLM, tmp_path_factory: pytest.TempPathFacto
     return export_bundle(folder, tmp_path_factory.mktemp("bundle") / "tiny", dtype="float32")
 
 
-@pytest.fixture(scope="session", params=["torch", "onnxruntime"])
-def runtime(request: pytest.FixtureRequest, bundle: Bundle) -> Runtime:
+@pytest.fixture(
+    scope="session",
+    params=["torch", "torch captured", "onnxruntime", pytest.param("torch-cuda", marks=pytest.mark.gpu)],
+)
+def runtime(request: pytest.FixtureRequest, bundle: Bundle, model: TransnormerForCausalLM) -> Runtime:
+    if request.param == "torch captured":
+        return TorchRuntime(model, capture=captured_on_the_cpu)
+    if request.param == "torch-cuda":
+        return load_runtime(bundle, "torch", device="cuda")
     return load_runtime(bundle, request.param, threads=1)
 
 
