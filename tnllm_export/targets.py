@@ -60,6 +60,7 @@ class Target:
 # the slowest heads are off by some 5e-4, where the matrix products stay below 1e-5 (docs/parity.md).
 TARGETS: tuple[Target, ...] = (
     Target("torch-cpu", "torch", "cpu", ("float32", "float16", "bfloat16"), ()),
+    Target("torch-cuda", "torch", "cuda", ("bfloat16", "float16", "float32"), ()),
     Target(
         "onnxruntime-cpu", "onnxruntime", "cpu", ("float32", "float16"), ("matmul", "contrib", "plugin"), max_opset=26
     ),

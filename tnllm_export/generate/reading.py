@@ -44,5 +44,6 @@ def _read_pieces(runtime: Runtime, rows: Sequence[RunningSequence], pieces: Sequ
         if piece:
             row.position += len(piece)
             # A copy: with the logits of all tokens, a view would keep [B, T, vocab] alive.
-            row.logits = (logits[index, len(piece) - 1] if logits.dim() == 3 else logits[index]).clone()
+            own = logits[index, len(piece) - 1] if logits.dim() == 3 else logits[index]
+            row.logits = own.to("cpu", copy=True)  # beside those of a session, whatever device computed them
     return state

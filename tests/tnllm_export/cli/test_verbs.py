@@ -153,7 +153,13 @@ def test_inspect_reads_a_bundle_without_its_weights(tnllm, text_bundle, monkeypa
     assert decode["outputs"][0] == {"name": "logits", "dtype": "float32", "shape": ["batch", 320]}
     assert {"domain": "com.microsoft", "op": "LinearAttention", "count": 2} in prefill["ops"]
     verdicts = {target["target"]: target["runs"] for target in document["targets"]}
-    assert verdicts == {"torch-cpu": True, "onnxruntime-cpu": True, "tensorrt-rtx": False, "tensorrt": False}
+    assert verdicts == {
+        "torch-cpu": True,
+        "torch-cuda": True,
+        "onnxruntime-cpu": True,
+        "tensorrt-rtx": False,
+        "tensorrt": False,
+    }
     assert document["bytes"] > weights.stat().st_size
 
 
