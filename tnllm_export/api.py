@@ -224,6 +224,7 @@ def verify(
     bundle: Bundle | Path | str,
     runtime: str = "onnxruntime",
     *,
+    device: str | None = None,
     checkpoint: Path | str | None = None,
     text: str | None = None,
     seed: int | None = None,
@@ -237,6 +238,7 @@ def verify(
     Args:
         bundle: The bundle or its folder.
         runtime: What runs the graphs.
+        device: "cpu" or "cuda"; default: the runtime's first.
         checkpoint: Take the eager model's weights from this checkpoint; default: from the bundle.
         text: Real text to verify on; default: a sample, where the bundle has a tokenizer.
         seed: Of the random token ids; fresh by default, and reported.
@@ -258,6 +260,7 @@ def verify(
     return verify_bundle(
         bundle,
         runtime,
+        device=device,
         checkpoint=checkpoint,
         text=text,
         seed=seed,
@@ -272,6 +275,7 @@ def generator(
     bundle: Bundle | Path | str,
     runtime: Runtime | str = "onnxruntime",
     *,
+    device: str | None = None,
     threads: int | None = None,
     prefill_chunk: int = 512,
     prompt_limit: int | None = None,
@@ -282,6 +286,7 @@ def generator(
     Args:
         bundle: The bundle or its folder.
         runtime: A loaded runtime of this bundle, or the name of one to load.
+        device: "cpu" or "cuda", of a runtime loaded here; default: its first.
         threads: CPU threads of a runtime loaded here.
         prefill_chunk: Prompts are read in pieces of so many tokens.
         prompt_limit: Longest prompt that is taken, in tokens; None: any.
@@ -296,7 +301,7 @@ def generator(
     tokenizer: Tokenizer | None = None
     if opened.tokenizer_path is not None:
         tokenizer = load_tokenizer(opened.tokenizer_path, opened.manifest.config.vocab_size)
-    loaded = load_runtime(opened, runtime, threads=threads) if isinstance(runtime, str) else runtime
+    loaded = load_runtime(opened, runtime, device=device, threads=threads) if isinstance(runtime, str) else runtime
     return Generator(loaded, tokenizer, prefill_chunk=prefill_chunk, prompt_limit=prompt_limit, progress=progress)
 
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tnllm_export.cli.options import BundleArgument, JsonOption, RuntimeName, RuntimeOption, ThreadsOption
+from tnllm_export.cli.options import (
+    BundleArgument,
+    DeviceOption,
+    JsonOption,
+    RuntimeName,
+    RuntimeOption,
+    ThreadsOption,
+)
 from tnllm_export.cli.session import Session, session
 
 if TYPE_CHECKING:
@@ -22,7 +29,9 @@ tnllm generate bundle --prompt-ids 5,17,3 --max-new-tokens 20 --json
 
 tnllm generate bundle --prompt-file chapter.txt --save-state chapter.state
 
-tnllm generate bundle --load-state chapter.state --max-new-tokens 200"""
+tnllm generate bundle --load-state chapter.state --max-new-tokens 200
+
+tnllm generate bundle --prompt "It was a fine morning" --runtime torch --device cuda"""
 
 
 def generate(
@@ -56,6 +65,7 @@ def generate(
     prefill_chunk: Annotated[int, typer.Option(help="Read prompts in pieces of so many tokens.")] = 512,
     prompt_limit: Annotated[int | None, typer.Option(help="Refuse longer prompts, in tokens. Default: none.")] = None,
     runtime: RuntimeOption = RuntimeName.ONNXRUNTIME,
+    device: DeviceOption = None,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -72,6 +82,7 @@ def generate(
         generator = api.generator(
             bundle,
             runtime.value,
+            device=None if device is None else device.value,
             threads=threads,
             prefill_chunk=prefill_chunk,
             prompt_limit=prompt_limit,

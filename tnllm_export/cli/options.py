@@ -40,9 +40,17 @@ class RuntimeName(StrEnum):
     TENSORRT = "tensorrt"
 
 
+class DeviceName(StrEnum):
+    """What a runtime runs on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `tnllm export` made.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document, errors included.")]
 RuntimeOption = Annotated[RuntimeName, typer.Option("--runtime", help="What runs the bundle.")]
+DeviceOption = Annotated[DeviceName | None, typer.Option("--device", help="Default: the runtime's first.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: the runtime's.")]
 DtypeOption = Annotated[
     Dtype | None,

@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from tnllm_export.cli.options import BundleArgument, JsonOption, RuntimeName, RuntimeOption, ThreadsOption
+from tnllm_export.cli.options import (
+    BundleArgument,
+    DeviceOption,
+    JsonOption,
+    RuntimeName,
+    RuntimeOption,
+    ThreadsOption,
+)
 from tnllm_export.cli.session import session
 
 EPILOG = """[bold]Examples[/bold]
@@ -19,6 +26,7 @@ tnllm verify bundle --checkpoint TransNormerLLM-1B --text-file chapter.txt --see
 def verify(
     bundle: BundleArgument,
     runtime: RuntimeOption = RuntimeName.ONNXRUNTIME,
+    device: DeviceOption = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -46,6 +54,7 @@ def verify(
         report = api.verify(
             bundle,
             runtime.value,
+            device=None if device is None else device.value,
             checkpoint=checkpoint,
             text=None if text_file is None else read_text(text_file),
             seed=seed,

@@ -32,7 +32,7 @@ def load_runtime(
 
     Args:
         bundle: The bundle or its folder.
-        name: "onnxruntime", "torch" (the eager model), "tensorrt-rtx" or "tensorrt".
+        name: "onnxruntime", "torch" (the PyTorch model itself), "tensorrt-rtx" or "tensorrt".
         device: "cpu" or "cuda"; default: the first that the runtime has in the table of targets.
         threads: Threads of the CPU to use; default: the runtime's own choice.
 
