@@ -326,6 +326,12 @@ BUNDLES = {
     "dtype that the runtime lacks": Case(
         edit_manifest(dtype="bfloat16"), 42, ("dtype is bfloat16", "--dtype float32", "runtime torch"), PROMPT
     ),
+    "device that the runtime lacks": Case(
+        leave_alone,
+        42,
+        ("tensorrt-rtx does not run on device 'cpu'; expected one of: cuda",),
+        (*PROMPT, "--runtime", "tensorrt-rtx", "--device", "cpu"),
+    ),
     "lowering that the runtime lacks": Case(
         edit_manifest(lowering="standard"), 42, ("lowering is standard", "--lowering", "runtime torch"), VERIFY
     ),

@@ -163,6 +163,15 @@ def test_an_unknown_device_is_told_the_known_ones(bundle: Bundle, name: str) -> 
     assert f"{name} does not run on device 'tpu'; expected one of: cpu" in one_line(caught)
 
 
+def test_a_gpu_that_is_not_there_is_told_the_way_out(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedTargetError) as caught:
+        load_runtime(bundle, "torch", device="cuda")
+    text = one_line(caught)
+    assert "PyTorch finds no CUDA device" in text
+    assert "--device cpu" in text
+
+
 def test_threads_below_one_are_refused(bundle: Bundle) -> None:
     with pytest.raises(RequestError) as caught:
         load_runtime(bundle, threads=0)
