@@ -1,4 +1,4 @@
-"""The plugin library as TensorRT would use it, on torch's tensors and without TensorRT: `plugin_driver.cpp` by ctypes."""
+"""The plugin library as TensorRT would use it, on torch's tensors, without TensorRT: `plugin_driver.cpp` by ctypes."""
 
 import ctypes
 import subprocess

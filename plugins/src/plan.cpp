@@ -82,7 +82,9 @@ bool chooseChunk(Call const& call, int32_t capability, int32_t processors, Plan&
         return true;
     }
     bool const few = chunks <= kLongSegment;
-    Kernel const* cut = withHandover(call, capability, few ? Handover::recompute : Handover::chain);
+    // Where every segment starts from past_state, the last one may not overwrite it before the others have read it.
+    bool const recompute = few && !call.inPlace;
+    Kernel const* cut = withHandover(call, capability, recompute ? Handover::recompute : Handover::chain);
     if (cut == nullptr) {
         return true;
     }
@@ -126,7 +128,7 @@ bool chooseStep(Call const& call, int32_t capability, int32_t processors, Plan& 
 
 bool isCompiled(Op op, Dtype dtype, int64_t K, int64_t V) noexcept
 {
-    Call const call{op, dtype, 1, 1, 1, K, V};
+    Call const call{op, dtype, 1, 1, 1, K, V, false};
     return std::any_of(kKernels, kKernels + kKernelCount, [&](Kernel const& kernel) { return fits(kernel, call); });
 }
 

@@ -11,6 +11,7 @@ struct Call {
     Op op;
     Dtype dtype;
     int64_t B, T, H, K, V;
+    bool inPlace;  // present_state may overwrite past_state
 };
 
 struct Plan {

@@ -368,6 +368,9 @@ public:
         for (int32_t i = 0; i < kOutputs && bad == 0; ++i) {
             bad = call.T == 0 && i == 0 ? 0 : checkAddress(mOp, kOutputNames[i], outputs[i]);
         }
+        if (bad == 0 && mInPlace == 0 && mOp == Op::LightningAttention && inputs[kPastState] == outputs[1]) {
+            bad = fail(mOp, "present_state is at the address of past_state; expected another one, or in_place 1");
+        }
         if (bad != 0) {
             return bad;
         }
@@ -403,6 +406,7 @@ private:
         bad = bad != 0 ? bad : checkShapes(mOp, shapes);
         if (bad == 0) {
             call = makeCall(mOp, types[0], *shapes[0], *shapes[2]);
+            call.inPlace = mInPlace != 0;
         }
         return bad;
     }

@@ -1,11 +1,15 @@
-"""A library around kernels that are no code."""
+"""A library around kernels that are no code; on a GPU, one around all kernels that run there."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.plugin_driver import PluginLibrary, compile_driver
 from tests.plugins.fake import fake_library, fake_table
+from tests.plugins.on_gpu import HEAD_SIZES
 from tnllm_export.kernels.compiled import KernelTable
+from tnllm_export.plugins.build import PluginOptions, build_plugin
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +25,21 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cache(library: Path) -> Path:
     return library.parents[1]
+
+
+@pytest.fixture(scope="session")
+def gpu_library() -> Path:
+    """The library for this machine's GPU."""
+    major, minor = torch.cuda.get_device_capability()
+    return build_plugin(PluginOptions(capabilities=(10 * major + minor,), head_sizes=HEAD_SIZES))
+
+
+@pytest.fixture(scope="session")
+def plugin_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_driver(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="session")
+def plugins(gpu_library: Path, plugin_driver: Path) -> PluginLibrary:
+    torch.zeros((), device="cuda")  # makes the context
+    return PluginLibrary(plugin_driver, gpu_library)

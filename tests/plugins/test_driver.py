@@ -1,21 +1,16 @@
-"""What the launcher tells the CUDA driver, and what becomes of the driver's errors: with a driver of our own, no GPU."""
+"""What the launcher tells the CUDA driver, and what becomes of the driver's errors: with a driver of our own."""
 
 from itertools import product
 
 import pytest
 import torch
 
-from benchmarks.plugin_driver import RUNTIME, PluginError, PluginLibrary, compile_driver
+from benchmarks.plugin_driver import RUNTIME, PluginError, PluginLibrary
 from tests.plugins.cuda_driver import CudaDriver
 from tests.plugins.fake import CHUNK_ARGUMENTS, STEP_ARGUMENTS
 
 CHUNK, STEP = "LightningAttention", "LightningAttentionStep"
 K, V = 96, 48
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    return compile_driver(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.fixture
@@ -24,8 +19,8 @@ def cuda(library, tmp_path):
 
 
 @pytest.fixture
-def plugins(driver, cuda):
-    return PluginLibrary(driver, cuda.library)
+def plugins(plugin_driver, cuda):
+    return PluginLibrary(plugin_driver, cuda.library)
 
 
 def tensors(op, B, T, H, dtype=torch.bfloat16):
@@ -128,7 +123,7 @@ def test_a_prompt_without_tokens_leaves_the_state_as_it_is(cuda, plugins):
     plugin.run(bound, None)
     assert tuple(cuda.state.copy) == (bound[7].address, bound[4].address, 4 * 2 * 5 * K * V)
     bound[7] = bound[4]
-    plugin.run(bound, None)
+    plugins.create(CHUNK, {"in_place": 1}).run(bound, None)
     assert (cuda.state.count("copy"), cuda.state.count("launch")) == (1, 0)
     cuda.state.fail("copy")
     with pytest.raises(PluginError, match="past_state could not be copied: CUDA_ERROR_OUT_OF_MEMORY"):
@@ -146,6 +141,14 @@ def test_a_state_may_be_updated_in_place(cuda, plugins):
     assert told["past_state"] == told["present_state"] == bound[4].address
 
 
+def test_a_prompt_overwrites_its_state_only_if_the_engine_was_built_so(plugins):
+    bound = tensors(CHUNK, 2, 300, 5)
+    bound[7] = bound[4]
+    with pytest.raises(PluginError, match="present_state is at the address of past_state; expected another one"):
+        plugins.create(CHUNK).run(bound, WORKSPACE)
+    plugins.create(CHUNK, {"in_place": 1}).run(bound, WORKSPACE)
+
+
 @pytest.mark.parametrize("op", [CHUNK, STEP])
 def test_what_the_driver_refuses_is_returned_as_a_code_and_named(cuda, plugins, op):
     plugin, bound = plugins.create(op), tensors(op, 1, 63, 5)
@@ -156,7 +159,7 @@ def test_what_the_driver_refuses_is_returned_as_a_code_and_named(cuda, plugins, 
     with pytest.raises(PluginError, match="could not be loaded"):
         plugin.change_shapes(bound)
     cuda.state.fail("launch")
-    with pytest.raises(PluginError, match="kernel .* could not be launched: CUDA_ERROR_OUT_OF_MEMORY"):
+    with pytest.raises(PluginError, match=r"kernel .* could not be launched: CUDA_ERROR_OUT_OF_MEMORY"):
         plugin.run(bound, WORKSPACE)
     # It has not broken anything.
     cuda.state.fail(None)

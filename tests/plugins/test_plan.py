@@ -15,15 +15,16 @@ SHIM = """
 #include "plan.h"
 using namespace tnllm;
 struct Answer { int32_t capability, block, handover; int64_t columns, segments, segmentChunks, workspace; };
-static Call call(int op, int64_t B, int64_t T, int64_t H, int64_t K, int64_t V)
+static Call call(int op, int64_t B, int64_t T, int64_t H, int64_t K, int64_t V, bool inPlace = false)
 {
-    return Call{Op(op), Dtype::bfloat16, B, T, H, K, V};
+    return Call{Op(op), Dtype::bfloat16, B, T, H, K, V, inPlace};
 }
 extern "C" bool answer(
-    int op, int64_t B, int64_t T, int64_t H, int64_t K, int64_t V, int32_t sm, int32_t processors, Answer* out)
+    int op, int64_t B, int64_t T, int64_t H, int64_t K, int64_t V, bool inPlace, int32_t sm, int32_t processors,
+    Answer* out)
 {
     Plan plan{};
-    if (!choose(call(op, B, T, H, K, V), sm, processors, plan)) return false;
+    if (!choose(call(op, B, T, H, K, V, inPlace), sm, processors, plan)) return false;
     *out = Answer{plan.kernel->capability, plan.kernel->BV, int32_t(plan.kernel->handover), plan.columns, plan.segments,
         plan.segmentChunks, int64_t(plan.workspaceBytes)};
     return true;
@@ -55,16 +56,17 @@ def plans(table, tmp_path_factory):
     command = ["g++", "-std=c++17", "-shared", "-fPIC", f"-I{SOURCES}", *sources, "-o", folder / "shim.so"]
     subprocess.run(command, check=True)
     shim = ctypes.CDLL(str(folder / "shim.so"))
-    shim.answer.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 5, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
+    shim.answer.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 5, ctypes.c_bool, *[ctypes.c_int32] * 2, ctypes.c_void_p]
     shim.answer.restype = ctypes.c_bool
     shim.largest.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 5]
     shim.largest.restype = ctypes.c_int64
     return shim
 
 
-def ask(shim, op, B, T, H, K, V, capability, processors):
+def ask(shim, op, B, T, H, K, V, capability, processors, in_place=False):
     answer = Answer()
-    return answer if shim.answer(op, B, T, H, K, V, capability, processors, ctypes.byref(answer)) else None
+    found = shim.answer(op, B, T, H, K, V, in_place, capability, processors, ctypes.byref(answer))
+    return answer if found else None
 
 
 @pytest.mark.parametrize("processors", [20, 132])
@@ -83,6 +85,14 @@ def test_the_chunk_op_is_cut_as_triton_cuts_it(table, plans, processors):
         assert HANDOVERS[found.handover] == expected.handover
         seen.add(expected.handover)
     assert seen == set(HANDOVERS)
+
+
+def test_a_state_in_place_is_never_read_by_one_segment_after_another_has_written_it(plans):
+    for processors, (B, T, H) in product((20, 132), CALLS):
+        beside = ask(plans, CHUNK, B, T, H, 96, 48, 86, processors)
+        in_place = ask(plans, CHUNK, B, T, H, 96, 48, 86, processors, in_place=True)
+        assert (in_place.segments, in_place.segment_chunks) == (beside.segments, beside.segment_chunks)
+        assert HANDOVERS[in_place.handover] == ("none" if beside.segments == 1 else "chain")
 
 
 @pytest.mark.parametrize("processors", [20, 132])
@@ -104,7 +114,8 @@ def test_the_workspace_that_tensorrt_is_asked_for_is_enough_for_every_smaller_ca
     used = 0
     for (b, t, h), capability, processors in product(CALLS, (80, 86, 120), (1, 20, 132, 256)):
         if h == H:
-            used = max(used, ask(plans, CHUNK, b, t, h, K, V, capability, processors).workspace)
+            for in_place in (False, True):
+                used = max(used, ask(plans, CHUNK, b, t, h, K, V, capability, processors, in_place).workspace)
     assert 0 < used <= most
     assert plans.largest(STEP, B, 1, H, K, V) >= ask(plans, STEP, B, 1, H, K, V, 120, 132).workspace
 
