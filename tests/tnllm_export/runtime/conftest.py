@@ -1,5 +1,6 @@
 """A tiny model with random weights: three heads, LRPE in the first of two layers, and a bundle of it."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -40,11 +41,12 @@ def bundle(model: TransnormerForCausalLM, tmp_path_factory: pytest.TempPathFacto
     scope="session",
     params=["torch", "torch captured", "onnxruntime", pytest.param("torch-cuda", marks=pytest.mark.gpu)],
 )
-def runtime(request: pytest.FixtureRequest, bundle: Bundle, model: TransnormerForCausalLM) -> Runtime:
+def runtime(request: pytest.FixtureRequest, model: TransnormerForCausalLM) -> Runtime:
     if request.param == "torch captured":
         return TorchRuntime(model, capture=captured_on_the_cpu)
     if request.param == "torch-cuda":
-        return load_runtime(bundle, "torch", device="cuda")
+        return TorchRuntime(copy.deepcopy(model).to("cuda"))
+    bundle: Bundle = request.getfixturevalue("bundle")
     return load_runtime(bundle, request.param, threads=1)
 
 
