@@ -49,7 +49,7 @@ def build_graph(program: Program, lowering: str, weights: Mapping[str, ExternalW
 
     Args:
         program: The traced program.
-        lowering: "contrib", "standard", "matmul" or "plugin".
+        lowering: "contrib", "standard", "matmul", "plugin" or "hybrid".
         weights: Where each weight will lie; no weight is read.
 
     Returns:

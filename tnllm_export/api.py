@@ -115,7 +115,7 @@ def export(
         output: Where the bundle shall be; it appears there all at once.
         dtype: Of weights and activations. Default: the checkpoint's own where ONNX Runtime on the CPU runs it, else
             float32.
-        lowering: "contrib", "standard", "matmul" or "plugin". Default: what ONNX Runtime on the CPU prefers.
+        lowering: "contrib", "standard", "matmul", "plugin" or "hybrid". Default: what ONNX Runtime on the CPU prefers.
         logits: Whether prefill gives the logits of the "last" valid token or of "all".
         overwrite: Whether a bundle at `output` may be replaced.
         progress: Told what is being done.

@@ -62,7 +62,37 @@ TARGETS: tuple[Target, ...] = (
     Target("torch-cpu", "torch", "cpu", ("float32", "float16", "bfloat16"), ()),
     Target("torch-cuda", "torch", "cuda", ("bfloat16", "float16", "float32"), ()),
     Target(
-        "onnxruntime-cpu", "onnxruntime", "cpu", ("float32", "float16"), ("matmul", "contrib", "plugin"), max_opset=26
+        "onnxruntime-cpu",
+        "onnxruntime",
+        "cpu",
+        ("float32", "float16"),
+        ("matmul", "contrib", "plugin", "hybrid"),
+        max_opset=26,
+    ),
+    # Its CUDA kernel of LinearAttention is quick for one token, and walks a prompt token by token.
+    Target(
+        "onnxruntime-cuda",
+        "onnxruntime",
+        "cuda",
+        ("float16", "bfloat16", "float32"),
+        ("hybrid", "matmul", "contrib", "plugin"),
+        max_opset=26,
+    ),
+    Target(
+        "aotinductor-cpu",
+        "aotinductor",
+        "cpu",
+        ("float32", "float16", "bfloat16"),
+        (),
+        engine=EngineTarget("torch", "", needs_gpu=False),
+    ),
+    Target(
+        "aotinductor-cuda",
+        "aotinductor",
+        "cuda",
+        ("float32", "float16", "bfloat16"),
+        (),
+        engine=EngineTarget("torch", "", needs_gpu=True),
     ),
     Target(
         "tensorrt-rtx",

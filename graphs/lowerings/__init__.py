@@ -31,4 +31,5 @@ LOWERINGS: dict[str, Lowering] = {
     "standard": Lowering("standard", opset=27),
     "matmul": Lowering("matmul", opset=20),
     "plugin": Lowering("plugin", opset=20),
+    "hybrid": Lowering("hybrid", opset=20),
 }

@@ -22,6 +22,7 @@ class Lowering(StrEnum):
     STANDARD = "standard"
     MATMUL = "matmul"
     PLUGIN = "plugin"
+    HYBRID = "hybrid"
 
 
 class Logits(StrEnum):

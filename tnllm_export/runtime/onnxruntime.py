@@ -1,4 +1,7 @@
-"""ONNX Runtime on the CPU: both graphs of a bundle, with bound inputs and outputs and memory-mapped weights."""
+"""ONNX Runtime on the CPU: both graphs of a bundle, with bound inputs and outputs and memory-mapped weights.
+
+`onnxruntime_cuda` is the same on a GPU.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -52,7 +55,7 @@ class OnnxRuntime:
             RuntimeMissingError: The package `onnxruntime` is not installed.
             UnsupportedTargetError: A dtype, lowering, opset or device that it does not run.
         """
-        ort = _import_onnxruntime()
+        ort = import_onnxruntime()
         target = check_supported(bundle, "onnxruntime", device)
         mapped = bundle.manifest.dtype == "float32" and not prepack
         info = RuntimeInfo(
@@ -90,9 +93,9 @@ class OnnxRuntime:
             "input_ids": input_ids.contiguous(),
             "lengths": lengths.contiguous(),
             "positions": positions.contiguous(),
-            **_named("past_state", past),
+            **named("past_state", past),
         }
-        binding = _bind(self._prefill, inputs, {"logits": logits, **_named("present_state", present)})
+        binding = bind(self._prefill, inputs, {"logits": logits, **named("present_state", present)})
         _run(self._prefill, binding)
         return logits, _OrtState(self, present)
 
@@ -149,10 +152,10 @@ class _DecodeSteps:
         self._vocab_size = vocab_size
         inputs = {"input_ids": self._input_ids, "positions": self._positions}
         self._bindings = [
-            _bind(
+            bind(
                 session,
-                {**inputs, **_named("past_state", self.sides[side])},
-                _named("present_state", self.sides[1 - side]),
+                {**inputs, **named("past_state", self.sides[side])},
+                named("present_state", self.sides[1 - side]),
             )
             for side in (0, 1)
         ]
@@ -162,12 +165,13 @@ class _DecodeSteps:
         self._input_ids.copy_(input_ids)
         self._positions.copy_(positions)
         logits = torch.empty(self._input_ids.shape[0], self._vocab_size)
-        _bind_tensors(self._bindings[side].bind_output, {"logits": logits})
+        bind_tensors(self._bindings[side].bind_output, {"logits": logits})
         _run(self._session, self._bindings[side])
         return logits
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """Import the package. Raises RuntimeMissingError."""
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -188,34 +192,40 @@ def _open_session(ort: Any, path: Path, threads: int | None, mapped: bool) -> An
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise UnsupportedTargetError(
-            f"{path}: onnxruntime {ort.__version__} refuses the graph ({_first_line(error)}); "
+            f"{path}: onnxruntime {ort.__version__} refuses the graph ({first_line(error)}); "
             "export again with this version of tnllm-export, or load the bundle with the runtime torch"
         ) from error
 
 
-def _named(prefix: str, tensors: "list[Tensor] | tuple[Tensor, ...]") -> dict[str, Tensor]:
+def named(prefix: str, tensors: "list[Tensor] | tuple[Tensor, ...]") -> dict[str, Tensor]:
+    """Name the tensors of a state as the graphs do."""
     return {f"{prefix}.{layer}": tensor for layer, tensor in enumerate(tensors)}
 
 
-def _bind(session: Any, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Any:
+def bind(session: Any, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Any:
     """Bind contiguous tensors by address; the caller keeps them alive while the binding is used."""
     binding = session.io_binding()
-    _bind_tensors(binding.bind_input, inputs)
-    _bind_tensors(binding.bind_output, outputs)
+    bind_tensors(binding.bind_input, inputs)
+    bind_tensors(binding.bind_output, outputs)
     return binding
 
 
-def _bind_tensors(bind: Callable[..., None], tensors: dict[str, Tensor]) -> None:
+def bind_tensors(bind_one: Callable[..., None], tensors: dict[str, Tensor]) -> None:
+    """Bind contiguous tensors by address with a binding's method for inputs or outputs."""
     for name, tensor in tensors.items():
-        bind(name, "cpu", 0, _NUMPY_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+        device = tensor.device
+        bind_one(
+            name, device.type, device.index or 0, _NUMPY_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
+        )
 
 
 def _run(session: Any, binding: Any) -> None:
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
-        raise RuntimeTargetError(f"onnxruntime failed: {_first_line(error)}") from error
+        raise RuntimeTargetError(f"onnxruntime failed: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, without its traceback of C++."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,9 @@ from typing import Protocol
 
 from tnllm_export.bundle import Bundle, open_bundle
 from tnllm_export.errors import RequestError, RuntimeMissingError
+from tnllm_export.runtime.aotinductor import AotInductorRuntime
 from tnllm_export.runtime.onnxruntime import OnnxRuntime
+from tnllm_export.runtime.onnxruntime_cuda import OnnxRuntimeCuda
 from tnllm_export.runtime.protocol import Runtime
 from tnllm_export.runtime.tensorrt import TensorrtRuntime
 from tnllm_export.runtime.torch import TorchRuntime
@@ -17,9 +19,16 @@ class _Open(Protocol):
     def __call__(self, bundle: Bundle, *, device: str, threads: int | None) -> Runtime: ...
 
 
+def _open_onnxruntime(bundle: Bundle, *, device: str, threads: int | None) -> Runtime:
+    if device == "cuda":
+        return OnnxRuntimeCuda.from_bundle(bundle, threads=threads)
+    return OnnxRuntime.from_bundle(bundle, device=device, threads=threads)
+
+
 _RUNTIMES: dict[str, _Open] = {
-    "onnxruntime": OnnxRuntime.from_bundle,
+    "onnxruntime": _open_onnxruntime,
     "torch": TorchRuntime.from_bundle,
+    "aotinductor": AotInductorRuntime.from_bundle,
     "tensorrt-rtx": partial(TensorrtRuntime.from_bundle, name="tensorrt-rtx"),
     "tensorrt": partial(TensorrtRuntime.from_bundle, name="tensorrt"),
 }

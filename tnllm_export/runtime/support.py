@@ -16,31 +16,32 @@ def check_supported(bundle: Bundle, runtime: str, device: str) -> Target:
     if manifest.dtype not in target.dtypes:
         raise UnsupportedTargetError(
             f"{bundle.path}: dtype is {manifest.dtype}; {runtime} on {device} runs {', '.join(target.dtypes)}: "
-            f"export again with --dtype {target.dtypes[0]}{_others(manifest.dtype, None)}"
+            f"export again with --dtype {target.dtypes[0]}{_others(runtime, manifest.dtype, None)}"
         )
     if target.lowerings and manifest.lowering not in target.lowerings:
         raise UnsupportedTargetError(
             f"{bundle.path}: lowering is {manifest.lowering}; {runtime} on {device} runs "
             f"{', '.join(target.lowerings)}: export again with --lowering {target.lowerings[0]}"
-            f"{_others(manifest.dtype, manifest.lowering)}"
+            f"{_others(runtime, manifest.dtype, manifest.lowering)}"
         )
     opset = manifest.opset_imports.get("", 0)
     if target.max_opset is not None and target.lowerings and opset > target.max_opset:
         raise UnsupportedTargetError(
             f"{bundle.path}: opset is {opset}; {runtime} on {device} runs up to {target.max_opset}: "
-            f"export again with --lowering {target.lowerings[0]}{_others(manifest.dtype, manifest.lowering)}"
+            f"export again with --lowering {target.lowerings[0]}{_others(runtime, manifest.dtype, manifest.lowering)}"
         )
     return target
 
 
-def _others(dtype: str, lowering: str | None) -> str:
-    """Name the runtimes that would do, as the rest of a sentence."""
+def _others(runtime: str, dtype: str, lowering: str | None) -> str:
+    """Name the other runtimes that would do, as the rest of a sentence."""
     names = sorted(
         {
             target.runtime
             for target in TARGETS
             # Where engines have to be built first, loading it is not the way out.
             if target.engine is None
+            and target.runtime != runtime
             and dtype in target.dtypes
             and (lowering is None or not target.lowerings or lowering in target.lowerings)
         }

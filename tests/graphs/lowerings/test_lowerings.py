@@ -20,7 +20,7 @@ from tnllm_export.kernels.lightning_attention.reference import (
 # What float32 sums of these lengths give; float16 rounds the inputs' products' sum once, to 2^-11.
 TOLERANCE = {"float32": 3e-6, "float16": 6e-4}
 # A LinearAttention op multiplies by exp(-s) in float32 once per token, which is off by up to 3e-8 each time.
-PER_TOKEN = {"contrib": 3e-8, "standard": 3e-8, "matmul": 0.0, "plugin": 0.0}
+PER_TOKEN = {"contrib": 3e-8, "standard": 3e-8, "matmul": 0.0, "plugin": 0.0, "hybrid": 3e-8}
 SHAPES = [(1, 1), (2, 63), (1, 64), (3, 65), (2, 257), (2, 700)]
 H, K, V = 3, 32, 16
 
@@ -174,3 +174,9 @@ def test_plugin_keeps_one_node_and_carries_the_matmul_body():
     model = lowered(LIGHTNING_ATTENTION, "plugin")
     assert [node.op_identifier()[:2] for node in model.graph] == [(NAMESPACE, "LightningAttention")]
     assert [identifier[:2] for identifier in model.functions] == [(NAMESPACE, "LightningAttention")]
+
+
+def test_hybrid_has_matrix_products_for_the_chunk_op_and_one_node_for_the_step():
+    chunk, step = (lowered(contract, "hybrid").graph for contract in (LIGHTNING_ATTENTION, LIGHTNING_ATTENTION_STEP))
+    assert {node.domain for node in chunk} == {""}
+    assert [node.op_type for node in step if node.domain] == ["LinearAttention"]

@@ -157,6 +157,7 @@ def test_inspect_reads_a_bundle_without_its_weights(tnllm, text_bundle, monkeypa
         "torch-cpu": True,
         "torch-cuda": True,
         "onnxruntime-cpu": True,
+        "onnxruntime-cuda": True,
         "tensorrt-rtx": False,
         "tensorrt": False,
     }

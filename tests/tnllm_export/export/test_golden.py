@@ -48,7 +48,7 @@ class Evaluated:
         return torch.from_numpy(logits), present
 
 
-@pytest.mark.parametrize("lowering", ["contrib", "matmul", "plugin", "standard"])
+@pytest.mark.parametrize("lowering", ["contrib", "hybrid", "matmul", "plugin", "standard"])
 @pytest.mark.parametrize("name", ["scaled_embedding", "unscaled_embedding"])
 def test_bundles_answer_as_the_released_implementation_does(tmp_path, name, lowering):
     export_bundle(GOLDEN / name, tmp_path / "bundle", dtype="float32", lowering=lowering, logits="all")

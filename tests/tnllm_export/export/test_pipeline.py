@@ -25,7 +25,13 @@ CHECKPOINT = Path(__file__).parents[2] / "data" / "golden" / "scaled_embedding"
 
 @pytest.fixture(
     scope="module",
-    params=[("contrib", "float32"), ("standard", "float16"), ("matmul", "bfloat16"), ("plugin", "bfloat16")],
+    params=[
+        ("contrib", "float32"),
+        ("standard", "float16"),
+        ("matmul", "bfloat16"),
+        ("plugin", "bfloat16"),
+        ("hybrid", "float16"),
+    ],
     ids="-".join,
 )
 def exported(request, tmp_path_factory):
@@ -107,7 +113,7 @@ def test_defaults_are_what_onnx_runtime_on_the_cpu_prefers(tmp_path):
     ("options", "message"),
     [
         ({"dtype": "float8"}, "dtype is 'float8'; expected one of float32, float16, bfloat16"),
-        ({"lowering": "loop"}, "lowering is 'loop'; expected one of contrib, standard, matmul, plugin"),
+        ({"lowering": "loop"}, "lowering is 'loop'; expected one of contrib, standard, matmul, plugin, hybrid"),
         ({"logits": "some"}, "logits is 'some'; expected one of last, all"),
     ],
 )

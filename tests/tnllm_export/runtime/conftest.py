@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from tnllm_export.export import export_bundle
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime import Runtime, TorchRuntime, load_runtime
+from tnllm_export.runtime.onnxruntime_cuda import PROVIDER, OnnxRuntimeCuda, Program
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +41,14 @@ def bundle(model: TransnormerForCausalLM, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(
     scope="session",
-    params=["torch", "torch captured", "onnxruntime", pytest.param("torch-cuda", marks=pytest.mark.gpu)],
+    params=[
+        "torch",
+        "torch captured",
+        "onnxruntime",
+        "onnxruntime slots",
+        pytest.param("torch-cuda", marks=pytest.mark.gpu),
+        pytest.param("onnxruntime-cuda", marks=pytest.mark.gpu),
+    ],
 )
 def runtime(request: pytest.FixtureRequest, model: TransnormerForCausalLM) -> Runtime:
     if request.param == "torch captured":
@@ -47,7 +56,22 @@ def runtime(request: pytest.FixtureRequest, model: TransnormerForCausalLM) -> Ru
     if request.param == "torch-cuda":
         return TorchRuntime(copy.deepcopy(model).to("cuda"))
     bundle: Bundle = request.getfixturevalue("bundle")
+    if request.param == "onnxruntime slots":
+        return OnnxRuntimeCuda(
+            load_runtime(bundle, "onnxruntime").info,
+            *map(program_on_the_cpu, (bundle.prefill_path, bundle.decode_path)),
+        )
+    if request.param == "onnxruntime-cuda":
+        if PROVIDER not in onnxruntime.get_available_providers():
+            pytest.skip(f"onnxruntime has no {PROVIDER}")
+        return load_runtime(bundle, "onnxruntime", device="cuda")
     return load_runtime(bundle, request.param, threads=1)
+
+
+def program_on_the_cpu(path: Path) -> Program:
+    """What `OnnxRuntimeCuda` runs on a GPU."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return Program(session, torch.device("cpu"), run_options=onnxruntime.RunOptions)
 
 
 def write_checkpoint(model: TransnormerForCausalLM, folder: Path) -> None:
