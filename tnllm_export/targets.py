@@ -79,22 +79,6 @@ TARGETS: tuple[Target, ...] = (
         max_opset=26,
     ),
     Target(
-        "aotinductor-cpu",
-        "aotinductor",
-        "cpu",
-        ("float32", "float16", "bfloat16"),
-        (),
-        engine=EngineTarget("torch", "", needs_gpu=False),
-    ),
-    Target(
-        "aotinductor-cuda",
-        "aotinductor",
-        "cuda",
-        ("float32", "float16", "bfloat16"),
-        (),
-        engine=EngineTarget("torch", "", needs_gpu=True),
-    ),
-    Target(
         "tensorrt-rtx",
         "tensorrt-rtx",
         "cuda",
