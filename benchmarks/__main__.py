@@ -21,6 +21,7 @@ REGISTRY = {
     "decode": "cuda",
     "training": "cuda",
     "layer kernels": "cuda",
+    "plugin": "cuda",
 }
 """Benchmarks and the device that each needs."""
 

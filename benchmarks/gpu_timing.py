@@ -91,6 +91,13 @@ def graph_milliseconds(calls: Sequence[Call], budget_ms: float = 120) -> float:
     return result
 
 
+def alternating_milliseconds(calls: Sequence[Call], device: str = "cuda", rounds: int = 60) -> list[float]:
+    """Return the median time of each of several calls that take turns, so that the clock's moods meet all alike."""
+    _timed(list(calls) * 3, device)
+    times = _timed(list(calls) * rounds, device)
+    return [statistics.median(times[place :: len(calls)]) for place in range(len(calls))]
+
+
 def peak_bytes(call: Call, device: str = "cuda") -> int:
     """Return by how much one call, results included, raised the memory that is allocated; 0 on a CPU."""
     if device != "cuda":

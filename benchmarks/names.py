@@ -11,6 +11,8 @@ TRAINING = "training"
 TRAINING_PARITY = "training parity"
 LAYER = "layer kernels"
 PROFILE = "attention profile"
+PLUGIN = "plugin"
+PLUGIN_PARITY = "plugin parity"
 
 LAUNCHED, GRAPH = "launched", "graph"
 
@@ -23,3 +25,4 @@ FLA_FUSED = "fla fused"
 FLA_RECURRENT = "fla recurrent"
 LIGHTNING = "lightning-attn"
 SDPA = "SDPA flash"
+TRITON = "Triton"

@@ -208,6 +208,16 @@ def comparison_table(records: list[Record]) -> str:
     return rows(header, lines) + absences(records)
 
 
+def plugin_table(records: list[Record]) -> str:
+    """The plugin beside the same kernels launched by Triton."""
+    lines = [
+        [*record.case.split(" | "), figure(record.value, ".2f"), figure(record.peer_value, ".2f"),
+         share(record.value, record.peer_value, ".3f"), figure(record.floor, ".2f")]
+        for record in records
+    ]  # fmt: skip
+    return rows(["B, H, T", "dtype", "**plugin** (µs)", "Triton (µs)", "plugin / Triton", "floor (µs)"], lines)
+
+
 def _target(name: str, shape: str, how: str) -> str:
     tokens = int(shape.split(", ")[2])
     if name == names.FORWARD:
@@ -235,6 +245,9 @@ TABLES: dict[str, Table] = {
     names.PROFILE: profile_table,
 }
 """By name of the records; `<!-- begin NAME -->` marks the place in the page."""
+
+PLUGIN_TABLES: dict[str, Table] = {names.PLUGIN: plugin_table}
+"""What the page on TensorRT shows."""
 
 SHORT_TABLES: dict[str, Table] = {names.FORWARD: short_table, names.DECODE: short_table}
 """What the README shows of them."""

@@ -118,6 +118,7 @@ def _plot_drift(records: list[Record], path: Path) -> None:
 PAGES: dict[str, dict[str, Table]] = {
     "docs/parity.md": {drift.NAME: _drift_table, constant_cost.NAME: _cost_table, scale.NAME: _scale_table},
     "docs/performance.md": performance.TABLES,
+    "docs/tensorrt.md": performance.PLUGIN_TABLES,
     "README.md": performance.SHORT_TABLES,
 }
 """Each page and its tables, by name of the records."""

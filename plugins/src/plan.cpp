@@ -157,7 +157,9 @@ size_t largestWorkspace(Call const& call) noexcept
         int64_t const segments = std::max<int64_t>(ceilDiv(ceilDiv(call.T, kernel.C), kLongSegment), 1);
         int64_t const programs = std::max(columns * segments, kMostProcessors * kernel.programsPerProcessor);
         bool const step = call.op == Op::LightningAttentionStep;
-        Plan plan{&kernel, columns, 1, 1, 0, 0, 0};
+        // What has more columns is not cut, and hands nothing over.
+        int64_t const cut = std::min(columns, kMostProcessors * kernel.programsPerProcessor / 2);
+        Plan plan{&kernel, cut, 1, 1, 0, 0, 0};
         layOut(plan);
         size_t const scratch = aligned(size_t(kernel.scratchBytes) * (step ? columns : programs));
         largest = std::max(largest, plan.scratchOffset + scratch);

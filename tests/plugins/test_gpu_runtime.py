@@ -25,7 +25,7 @@ def test_ten_thousand_enqueues_of_a_thousand_shapes_leave_memory_and_modules_as_
     contexts = {op: plugins.create(op).recreate().attach() for op in (CHUNK, STEP)}
     choose = random.Random(0)
     # One buffer for each tensor and the workspace: torch allocates nothing on the way.
-    buffers = [torch.zeros(1 << 27, dtype=torch.uint8, device="cuda") for _ in range(9)]
+    buffers = [torch.zeros(1 << 28, dtype=torch.uint8, device="cuda") for _ in range(9)]
 
     def bound(op, B, T, H, K, V, dtype):
         rows = (B, H) if op == STEP else (B, T, H)

@@ -110,7 +110,8 @@ def test_the_step_takes_the_block_that_triton_takes(plans, processors):
 def test_the_workspace_that_tensorrt_is_asked_for_is_enough_for_every_smaller_call_on_any_gpu(plans):
     B, T, H, K, V = 64, 16384, 32, 96, 48
     most = plans.largest(CHUNK, B, T, H, K, V)
-    assert most < 2 << 30
+    # Two states for each column that a chain may have: B * H * 3 columns here are too many for one.
+    assert most < 64 << 20
     used = 0
     for (b, t, h), capability, processors in product(CALLS, (80, 86, 120), (1, 20, 132, 256)):
         if h == H:
