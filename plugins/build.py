@@ -77,4 +77,3 @@ def build_plugin(
         return Path(shutil.copyfile(library, output))
     except OSError as error:
         raise WriteError(f"{output}: could not be written, {error.strerror}; choose another path") from error
-
