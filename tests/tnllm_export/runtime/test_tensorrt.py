@@ -1,6 +1,6 @@
 """What the TensorRT runtime refuses before a GPU has anything to do, and how it says so.
 
-Engines can't be run here, so running them is not tested: tests marked `tensorrt` are for who can.
+Engines are run by tests marked `tensorrt`, for who has a GPU that they run on.
 """
 
 import json
