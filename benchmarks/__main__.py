@@ -21,6 +21,7 @@ REGISTRY = {
     "decode": "cuda",
     "training": "cuda",
     "layer kernels": "cuda",
+    "inference": "cuda",
     "plugin": "cuda",
 }
 """Benchmarks and the device that each needs."""

@@ -26,3 +26,13 @@ FLA_RECURRENT = "fla recurrent"
 LIGHTNING = "lightning-attn"
 SDPA = "SDPA flash"
 TRITON = "Triton"
+
+INFERENCE = "inference"
+INFERENCE_PARITY = "inference parity"
+INFERENCE_CONTEXT = "inference over context"
+INFERENCE_ATTENTION = "inference attention"
+
+UNCAPTURED = "ours, no graph"
+COMPILED = "torch.compile, reduce-overhead"
+LLAMA_DECODE = "LLaMA form, SDPA"
+HOST, DEVICE_ONLY = "host included", "graph only"
