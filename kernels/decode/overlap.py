@@ -1,0 +1,81 @@
+"""Launching kernels so that each starts while the one before it ends (programmatic dependent launch, sm_90 and later).
+
+A kernel may read what no kernel of the same token writes, such as weights, before `previous_is_done`; all else after
+it. Only then does it let the next one start. So two kernels overlap, never three: what the one before the previous
+kernel wrote is there from the start.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tnllm_export.kernels.lightning_attention.launch import LIMIT, capability, is_current
+
+_compiled: dict[Hashable, Any] = {}
+
+
+@triton.jit
+def previous_is_done(OVERLAP: tl.constexpr):
+    """Wait for the kernel before, then let the next one start."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether kernels on this device may start before the previous one has ended."""
+    return capability(device) >= 90
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    tensors: tuple[Tensor, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+    overlap: bool,
+    first: bool = False,
+) -> None:
+    """Launch a kernel on the current stream.
+
+    What is compiled is remembered under all that it depends on, since Triton's own launcher takes longer than most of
+    these kernels.
+
+    Args:
+        kernel: A Triton function of pointers, then constants, the last of which is OVERLAP.
+        programs: Size of the grid.
+        tensors: What the pointers point to, all on one device.
+        constants: All but OVERLAP.
+        warps: Of a program.
+        overlap: Whether neighbours may overlap, where the device can do that: this kernel starts before the previous
+            one has ended, and the next one before this.
+        first: Whether it waits for all work before it nevertheless.
+    """
+    device = tensors[0].device
+    if not is_current(device):
+        with torch.cuda.device(device):
+            launch(kernel, programs, tensors, constants, warps, overlap, first)
+        return
+    overlap = overlap and can_overlap(device)
+    arguments = (*tensors, *constants, overlap)
+    layouts = tuple([(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors])
+    key = (kernel, device, layouts, constants, warps, overlap, first)
+    grid = (programs, 1, 1)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*arguments)
+        return
+    options = {"launch_pdl": True} if overlap and not first else {}
+    compiled = kernel[grid](*arguments, num_warps=warps, **options)
+    if compiled is None:  # interpreted
+        return
+    if len(_compiled) >= LIMIT:
+        _compiled.clear()
+    _compiled[key] = compiled
