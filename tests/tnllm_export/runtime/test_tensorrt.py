@@ -6,6 +6,7 @@ Engines are run by tests marked `tensorrt`, for who has a GPU that they run on.
 import json
 import os
 import shutil
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -20,7 +21,13 @@ from tnllm_export.bundle.engines import (
     ProfileRecord,
     writing_engines,
 )
-from tnllm_export.errors import EngineMismatchError, EngineMissingError, ProfileError, UnsupportedTargetError
+from tnllm_export.errors import (
+    EngineMismatchError,
+    EngineMissingError,
+    ProfileError,
+    RuntimeMissingError,
+    UnsupportedTargetError,
+)
 from tnllm_export.runtime import load_runtime
 from tnllm_export.runtime.engines import Gpu, check_fits, choose_engines, deserialize
 from tnllm_export.runtime.tensorrt import check_profile
@@ -78,6 +85,15 @@ def test_a_bundle_without_engines_names_the_command_that_builds_them(own):
     put(own, spec_of(own, target="tensorrt"))
     with pytest.raises(EngineMissingError):
         choose_engines(own, "tensorrt-rtx")
+
+
+@pytest.mark.parametrize("name", ["tensorrt-rtx", "tensorrt"])
+def test_without_tensorrt_one_line_names_the_extra(own, monkeypatch, name):
+    put(own, spec_of(own, target=name))
+    monkeypatch.setitem(sys.modules, engine_target(name).module, None)
+    with pytest.raises(RuntimeMissingError) as error:
+        load_runtime(own, name)
+    assert f"pip install 'tnllm-export[{name}]'" in one_line(error)
 
 
 def test_engines_of_other_weights_or_graphs_are_not_taken(own):
