@@ -1,11 +1,11 @@
 """Tables of `docs/performance.md`: ours beside every peer and the floor."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from benchmarks import names
+from benchmarks.performance_inference import attention_table, context_table, distance_table, inference_table
 from benchmarks.records import Record
-
-Table = Callable[[list[Record]], str]
+from benchmarks.tables import Table, absences, by_case, figure, peer_name, peer_values, rows, share
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -13,54 +13,9 @@ LINEAR_PEERS = ("fla chunk", "fla fused", "lightning-attn", "fla recurrent")
 """Who computes the same function."""
 
 
-def rows(header: list[str], lines: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    table = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in table)
-
-
-def by_case(records: list[Record]) -> dict[str, list[Record]]:
-    """Records of one case together, in the order in which cases come."""
-    cases: dict[str, list[Record]] = {}
-    for record in records:
-        cases.setdefault(record.case, []).append(record)
-    return cases
-
-
-def peer_name(record: Record) -> str:
-    """The peer without the reason why it is absent."""
-    return (record.peer or "").partition(" (absent")[0]
-
-
-def peer_values(records: list[Record]) -> dict[str, float | None]:
-    """Values of one case's peers, None for those that are absent."""
-    return {peer_name(record): record.peer_value for record in records if record.peer}
-
-
 def best(values: dict[str, float | None], among: Iterable[str]) -> float | None:
     """The smallest value of these peers."""
     return min((values[name] for name in among if values.get(name) is not None), default=None)  # type: ignore[type-var]
-
-
-def figure(value: float | None, spec: str = ".3f") -> str:
-    """A number, or a dash where there is none."""
-    return "–" if value is None else format(value, spec)
-
-
-def share(part: float | None, whole: float | None, spec: str = ".2f") -> str:
-    """A ratio, or a dash."""
-    return figure(part / whole if part is not None and whole else None, spec)
-
-
-def absences(records: list[Record]) -> str:
-    """One line for each reason why a number is missing."""
-    reasons: dict[str, list[str]] = {}
-    for record in records:
-        if record.peer and " (absent: " in record.peer:
-            reasons.setdefault(record.peer, []).append(record.case)
-    lines = [f"- {peer.replace(' (absent: ', ': ')[:-1]} ({'; '.join(dict.fromkeys(cases))})"
-             for peer, cases in reasons.items()]  # fmt: skip
-    return "\n\nNot measured:\n\n" + "\n".join(lines) if lines else ""
 
 
 def time_table(records: list[Record]) -> str:
@@ -243,6 +198,10 @@ TABLES: dict[str, Table] = {
     names.TRAINING: training_table,
     names.LAYER: comparison_table,
     names.PROFILE: profile_table,
+    names.INFERENCE_PARITY: distance_table,
+    names.INFERENCE: inference_table,
+    names.INFERENCE_CONTEXT: context_table,
+    names.INFERENCE_ATTENTION: attention_table,
 }
 """By name of the records; `<!-- begin NAME -->` marks the place in the page."""
 
@@ -256,5 +215,6 @@ PICTURES = {
     names.BACKWARD: "![Time over T of every form and the floor](images/attention_time.svg)",
     names.MEMORY: "![Peak memory over T of every form](images/attention_memory.svg)",
     names.TRAINING: "![Tokens per second over context of the three models](images/training.svg)",
+    names.INFERENCE_CONTEXT: "![Time per token and memory over context, ours and a Transformer](images/inference.svg)",
 }
 """Plots that stand below a table; `performance_plots` draws them."""

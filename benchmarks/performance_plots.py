@@ -10,10 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import names
-from benchmarks.performance import by_case, peer_values, training_values
+from benchmarks.performance import training_values
+from benchmarks.performance_inference import context_values
 from benchmarks.records import Record
+from benchmarks.tables import by_case, peer_values
 
 TIME, MEMORY, TRAINING = "attention_time.svg", "attention_memory.svg", "training.svg"
+INFERENCE = "inference.svg"
 
 _COLOURS = {
     names.OURS: "C3", names.FLA_CHUNK: "C0", names.FLA_FUSED: "C9", names.LIGHTNING: "C2", names.SDPA: "C1",
@@ -49,6 +52,8 @@ def plot(records: list[Record], folder: Path) -> None:
         axis.set_yscale("linear")
         axis.set_ylim(bottom=0)
         _finish(figure, axis, folder / TRAINING)
+    if names.INFERENCE_CONTEXT in chosen:
+        _plot_context(chosen[names.INFERENCE_CONTEXT], folder / INFERENCE)
 
 
 def over_tokens(records: list[Record], how: str | None = None) -> Series:
@@ -64,6 +69,25 @@ def over_tokens(records: list[Record], how: str | None = None) -> Series:
             if value is not None:
                 series.setdefault(form, []).append((int(tokens), value))
     return series
+
+
+def _plot_context(records: list[Record], path: Path) -> None:
+    """Time per token and memory over context: a colour for each model, a line style for each size."""
+    values = context_values(records)
+    units = {record.metric: record.unit for record in records}
+    sizes = list(dict.fromkeys(size for size, *_ in values))
+    figure, axes = plt.subplots(1, len(units), figsize=(11, 4.2), layout="constrained", squeeze=False)
+    for axis, (metric, unit) in zip(axes[0], units.items(), strict=True):
+        for size, found_metric, model in dict.fromkeys(key[:3] for key in values):
+            points = [(key[3], value) for key, value in values.items() if key[:3] == (size, metric, model) and value]
+            if found_metric == metric and points:
+                xs, ys = zip(*sorted(points), strict=True)
+                style, colour = "-" if size == sizes[0] else "--", "C3" if model == names.OURS else "C0"
+                axis.plot(xs, ys, style, color=colour, marker="o", markersize=3.5, label=f"{size}, {model}")
+        axis.set(yscale="log", title=metric, xlabel="context, tokens", ylabel=unit)
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.25)
+    _finish(figure, axes[0][0], path)
 
 
 def _draw(axis: Axes, series: Series, unit: str, title: str, xlabel: str = "tokens, T") -> None:

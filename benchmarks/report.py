@@ -9,8 +9,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks import constant_cost, drift, performance, performance_plots, scale
-from benchmarks.performance import Table, rows
 from benchmarks.records import RESULTS, ROOT, Record, load
+from benchmarks.tables import Table, rows
 
 
 def write(root: Path = ROOT, results: Path = RESULTS) -> None:

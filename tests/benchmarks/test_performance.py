@@ -29,6 +29,10 @@ def records():
     found.append(Record(names.PARITY, "1, 32, 64 | bfloat16 | layer 15 | output", "relative error", "1", 1.6e-3, 5e-3,
                         names.BLOCKED, 1.5e-3))  # fmt: skip
     found.append(time(names.DECODE, "8, 32, 1 | graph", names.FLA_RECURRENT, 16.0, 9.0, "µs"))
+    for size, context, llama in (("7B", 1024, 4.0), ("7B", 131072, 24.0), ("1B", 1024, 0.8), ("1B", 131072, None)):
+        peer = names.LLAMA_DECODE + ("" if llama else " (absent: out of memory)")
+        for metric, unit in (("time per token", "ms"), ("peak memory", "GiB")):
+            found.append(Record(names.INFERENCE_CONTEXT, f"{size} | {context}", metric, unit, 3.5, 3.0, peer, llama))
     return found
 
 
@@ -62,7 +66,8 @@ def test_every_kind_of_record_gets_its_place_and_its_plot(records, tmp_path):
     for name in {record.name for record in records}:
         begin = page.index(f"<!-- begin {name} -->")
         assert "Measured on some-gpu" in page[begin : page.index(f"<!-- end {name} -->")]
-    for plot in (performance_plots.TIME, performance_plots.MEMORY, performance_plots.TRAINING):
+    plots = performance_plots
+    for plot in (plots.TIME, plots.MEMORY, plots.TRAINING, plots.INFERENCE):
         assert (docs / "images" / plot).stat().st_size > 1000
         assert f"(images/{plot})" in page
     assert "| 1, 32, 4096 | 4.000 | 8.000 (fla fused) | 0.50 | 0.500 | 0.12 |" in (tmp_path / "README.md").read_text()
@@ -85,3 +90,40 @@ def test_plots_show_one_sequence_of_k_equal_v_and_the_floor(records):
 def test_every_marker_of_the_page_is_one_that_the_report_fills():
     page = (report.ROOT / "docs" / "performance.md").read_text()
     assert {line[11:-4] for line in page.splitlines() if line.startswith("<!-- begin ")} == set(performance.TABLES)
+
+
+def test_time_and_memory_over_context_stand_side_by_side_and_say_how_they_grow(records):
+    table = performance.context_table([record for record in records if record.name == names.INFERENCE_CONTEXT])
+    assert "| 7B | time per token (ms) | **ours** | 3.500 | 3.500 | 1.000 |" in table
+    assert "| 7B | time per token (ms) | LLaMA form, SDPA | 4.000 | 24.000 | 6.000 |" in table
+    assert "| 1B | peak memory (GiB) | LLaMA form, SDPA | 0.800 | – |  |" in table
+    assert "- LLaMA form, SDPA: out of memory (1B | 131072)" in table
+
+
+def inference(case, metric, value, floor=None, peer=None, peer_value=None, unit="ms"):
+    return Record(names.INFERENCE, case, metric, unit, value, floor, peer, peer_value)
+
+
+def test_inference_is_held_against_floor_target_and_peer():
+    table = performance.inference_table([
+        inference("7B | decode, B 1, graph only", "time per token", 4.0, 3.4),
+        inference("7B | prefill of 8192 tokens", "rate", 480.0, 800.0, names.PYTORCH, 160.0, "TFLOP/s"),
+        inference("1B | decode, B 1, host included", "time per token", 0.5, 0.4, f"{names.COMPILED} (absent: slow)"),
+        inference("7B | decode, B 1", "peak memory", 13.5, 14.0, "weights and state", 13.0, "GiB"),
+        inference("7B | decode at 131072 tokens of context", "time per token", 4.0, None, "at 1024 tokens", 4.0),
+    ])  # fmt: skip
+    assert "| 4.000 ms | 3.400 | 0.85 | floor / ours at least 0.85 |  | – | – |" in table
+    assert "| 480.000 TFLOP/s | 800.000 | 0.60 | floor / ours at least 0.60 | PyTorch | 160.000 | 3.00 |" in table
+    assert "| 13.500 GiB | 14.000 | 1.04 | at most the limit | weights and state | 13.000 | 1.04 |" in table
+    assert "| 4.000 ms | – | – | ours / peer at most 1.02 | at 1024 tokens | 4.000 | 1.00 |" in table
+    assert "| 0.500 ms | 0.400 | 0.80 | floor / ours at least 0.75 |" in table
+    assert "- torch.compile, reduce-overhead: slow (1B | decode, B 1, host included)" in table
+    assert table.index("7B | prefill") < table.index("1B | decode")
+
+
+def test_the_quickest_attention_is_held_against_the_floor():
+    forms = (("SDPA flash", 40.0), ("SDPA cudnn", 20.0), ("SDPA x (absent: no)", None))
+    case = (names.INFERENCE_ATTENTION, "7B | 4096", "time of one layer", "µs", None, 16.0)
+    found = [Record(*case, peer, value) for peer, value in forms]
+    table = performance.attention_table(found)
+    assert "| 7B | 4096 | 16.0 | 40.0 | 20.0 | – | 0.80 |" in table
