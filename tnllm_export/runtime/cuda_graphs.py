@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tnllm_export.errors import RuntimeTargetError
 from tnllm_export.kernels.dispatch import Choice, kernel_choice
+from tnllm_export.models.fused_decode import FusedDecoder
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime.device_memory import gibibytes, reporting_out_of_memory
 from tnllm_export.runtime.state import StateHandle
@@ -137,6 +138,7 @@ class DecodeGraph:
         self._inputs = torch.zeros(2, batch, dtype=torch.int64, device=device)
         self._staged = torch.zeros(2, batch, dtype=torch.int64, pin_memory=on_gpu)
         self._arrived = torch.cuda.Event() if on_gpu else None
+        self._step = step  # a captured call keeps none of its buffers alive
         input_ids, positions = self._inputs[0].unsqueeze(1), self._inputs[1]
         self._captured = capture(lambda: step(input_ids, positions, self._states))
 
@@ -235,4 +237,7 @@ def graph_batch(batch: int) -> int:
 
 def decode_step(model: TransnormerForCausalLM, batch: int) -> Step:
     """The quickest step in place that there is for this model, device and batch."""
+    weight = model.lm_head.weight
+    if FusedDecoder.unsupported(model.config, weight.dtype, weight.device, batch) is None:
+        return FusedDecoder(model, batch).decode
     return model.decode_in_place

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from tests.tnllm_export.runtime.fake_graphs import captured_on_the_cpu
 from tnllm_export.errors import DeviceMemoryError, PromptError, StateError
+from tnllm_export.kernels.dispatch import use_kernels
+from tnllm_export.models.fused_decode import FusedDecoder
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime import State, TorchRuntime
-from tnllm_export.runtime.cuda_graphs import MOST_GRAPHS, Captured, graph_batch
+from tnllm_export.runtime.cuda_graphs import MOST_GRAPHS, Captured, decode_step, graph_batch
 
 
 class Capture:
@@ -84,6 +86,20 @@ def test_captured_steps_answer_as_eager_ones(captured: TorchRuntime, eager: Torc
         assert_close(logits, expected)
     for found, wanted in zip(captured.host_state(states[0]), eager.host_state(states[1]), strict=True):
         assert_close(found, wanted)
+
+
+def test_fused_kernels_are_captured_where_they_run(
+    model: TransnormerForCausalLM, captured: TorchRuntime, eager: TorchRuntime
+) -> None:
+    assert decode_step(model, 2) == model.decode_in_place
+    states = [some_state(runtime, 2) for runtime in (captured, eager)]
+    with use_kernels("triton"):
+        assert isinstance(getattr(decode_step(model, 2), "__self__", None), FusedDecoder)
+        for t in range(2):
+            logits, states[0] = step(captured, states[0], seed=t)
+    for t in range(2):
+        expected, states[1] = step(eager, states[1], seed=t)
+    assert_close(logits, expected)
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16), (16, 16), (17, 24)])
