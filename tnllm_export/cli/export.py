@@ -1,6 +1,7 @@
 """`tnllm export`: a checkpoint becomes a bundle."""
 # ruff: noqa: PLC0415 - `tnllm --help` and completion must not wait for torch
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +32,8 @@ def export(
     The folder appears all at once: an export that fails or is killed leaves nothing half-done.
     """
     with session(json_output) as current:
+        # Exporting multiplies no matrices, and only a process without threads can be forked to make the graphs.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from tnllm_export import api
         from tnllm_export.cli.summary import describe_bundle, summarize_bundle
 

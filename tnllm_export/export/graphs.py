@@ -2,95 +2,100 @@
 
 from collections.abc import Mapping
 
-import onnx
 import onnx_ir as ir
 from torch import Tensor
+from torch.export import ExportedProgram
 
-from tnllm_export.bundle import DTYPES, WEIGHTS, BundleWriter, GraphRecord, Port, WeightsLayout
-from tnllm_export.errors import ExportError
-from tnllm_export.export.programs import MODEL, trace_programs
+from tnllm_export.bundle import DTYPES, WEIGHTS, GraphRecord, Port, WeightsLayout
+from tnllm_export.export.finished import FinishedGraph
+from tnllm_export.export.forked import Forked
+from tnllm_export.export.programs import MODEL, Tracer
 from tnllm_export.graphs.passes.external_weights import ExternalWeight
 from tnllm_export.graphs.pipeline import Program, build_graph
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.decay import slope_rates
 from tnllm_export.models.modeling import Logits
-from tnllm_export.progress import Progress, silent
+from tnllm_export.progress import Progress
 
 
-def export_graphs(
-    config: TransnormerConfig,
-    *,
-    dtype: str,
-    lowering: str,
-    logits: Logits,
-    layout: WeightsLayout,
-    unroll: bool = True,
-    progress: Progress = silent,
-) -> dict[str, ir.Model]:
-    """Make the graphs "prefill" and "decode"; no weight is read.
+class GraphExporter:
+    """Makes the graphs "prefill" and "decode" of a model; no weight is read."""
 
-    Args:
-        config: The model.
-        dtype: Of weights and activations.
-        lowering: Form of the two ops.
-        logits: Which logits prefill gives.
-        layout: Where each weight will stand in the weights file.
-        unroll: Trace one layer of each kind and repeat it. Without, every layer is traced: the same graph, later.
-        progress: Told of each program and graph.
+    def __init__(
+        self,
+        config: TransnormerConfig,
+        *,
+        dtype: str,
+        lowering: str,
+        logits: Logits,
+        layout: WeightsLayout,
+        unroll: bool = True,
+    ) -> None:
+        """Prepare.
 
-    Raises:
-        ExportError: A program could not be traced or translated.
-    """
-    kinds = _layer_kinds(config) if unroll else tuple(range(config.decoder_layers))
-    template = _template(config, kinds)
-    progress("tracing programs", 0, 1)
-    traced = trace_programs(template, DTYPES[dtype], logits)
-    progress("tracing programs", 1, 1)
+        Args:
+            config: The model.
+            dtype: Of weights and activations.
+            lowering: Form of the two ops.
+            logits: Which logits prefill gives.
+            layout: Where each weight will stand in the weights file.
+            unroll: Trace one layer of each kind and repeat it. Without, every layer is traced: the same graph, later.
+        """
+        self._config = config
+        self._lowering = lowering
+        self._logits: Logits = logits
+        self._kinds = _layer_kinds(config) if unroll else tuple(range(config.decoder_layers))
+        self._template = _template(config, self._kinds)
+        self._tracer = Tracer(self._template, DTYPES[dtype])
+        self._names = layout.names
+        self._weights = {
+            name: ExternalWeight(WEIGHTS, layout.offset(name), layout.nbytes(name)) for name in layout.names
+        }
 
-    past = [f"past_state.{layer}" for layer in range(template.decoder_layers)]
-    outputs = ["logits", *(f"present_state.{layer}" for layer in range(template.decoder_layers))]
-    names = {f"{MODEL}.{name}": name for name in (*layout.names, *_decay_rates(template))}
-    if config.tie_word_embeddings:
-        # The tracer calls the shared tensor by its last name; the file has it under the first.
-        names[f"{MODEL}.lm_head.weight"] = "model.embed_tokens.weight"
-    # The template's second layer stands for the first unlike layer 0, whose names need not be those of layer 1.
-    names |= {name: name.removeprefix(f"{MODEL}.") for name in traced.prefill.state_dict if name not in names}
-    weights = {name: ExternalWeight(WEIGHTS, layout.offset(name), layout.nbytes(name)) for name in layout.names}
-    programs = {
-        "prefill": (traced.prefill, ["input_ids", "lengths", "positions", *past]),
-        "decode": (traced.decode, ["input_ids", "positions", *past]),
-    }
-    graphs = {}
-    for done, (name, (exported, inputs)) in enumerate(programs.items()):
-        progress("building graphs", done, len(programs), "graphs")
-        program = Program(exported, inputs, outputs, MODEL, names, _decay_rates(config), kinds)
-        graphs[name] = build_graph(program, lowering, weights)
-    progress("building graphs", len(programs), len(programs), "graphs")
-    return graphs
+    def prefill(self) -> ir.Model:
+        """Make the graph. Raises ExportError if the program could not be traced or translated."""
+        return self._graph(self._tracer.prefill(self._logits), ("input_ids", "lengths", "positions"))
+
+    def decode(self) -> ir.Model:
+        """Make the graph. Raises ExportError if the program could not be traced or translated."""
+        return self._graph(self._tracer.decode(), ("input_ids", "positions"))
+
+    def finish(self, progress: Progress) -> dict[str, FinishedGraph]:
+        """Make both graphs, side by side where this process can be forked.
+
+        Raises:
+            ExportError: A program could not be traced or translated.
+        """
+        progress("making graphs", 0, 2, "graphs")
+        with Forked(lambda _: _finish("decode", self.decode())) as decode:
+            prefill = _finish("prefill", self.prefill())
+            progress("making graphs", 1, 2, "graphs")
+            graphs = {"prefill": prefill, "decode": decode.result(progress)}
+        progress("making graphs", 2, 2, "graphs")
+        return graphs
+
+    def _graph(self, exported: ExportedProgram, inputs: tuple[str, ...]) -> ir.Model:
+        past = [f"past_state.{layer}" for layer in range(self._template.decoder_layers)]
+        outputs = ["logits", *(f"present_state.{layer}" for layer in range(self._template.decoder_layers))]
+        names = {f"{MODEL}.{name}": name for name in (*self._names, *_decay_rates(self._template))}
+        if self._config.tie_word_embeddings:
+            # The tracer calls the shared tensor by its last name; the file has it under the first.
+            names[f"{MODEL}.lm_head.weight"] = "model.embed_tokens.weight"
+        # The template's second layer stands for the first unlike layer 0, whose names need not be those of layer 1.
+        names |= {name: name.removeprefix(f"{MODEL}.") for name in exported.state_dict if name not in names}
+        rates = _decay_rates(self._config)
+        program = Program(exported, [*inputs, *past], outputs, MODEL, names, rates, self._kinds)
+        return build_graph(program, self._lowering, self._weights)
 
 
-def write_graph(writer: BundleWriter, name: str, graph: ir.Model) -> None:
-    """Write a graph into a bundle and check it; the checker wants to see the weights file beside it.
-
-    Raises:
-        ExportError: It is not valid ONNX.
-        WriteError: Disk full, or no permission.
-    """
-    file = f"{name}.onnx"
-    writer.write_bytes(file, ir.to_proto(graph).SerializeToString(deterministic=True))
-    try:
-        onnx.checker.check_model(str(writer.folder / file))
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"the {name} graph is not valid ONNX: {str(error).splitlines()[0]}") from error
-
-
-def describe_graph(name: str, model: ir.Model) -> GraphRecord:
-    """Return what the manifest says of a graph."""
-    return GraphRecord(
+def _finish(name: str, model: ir.Model) -> FinishedGraph:
+    record = GraphRecord(
         file=f"{name}.onnx",
         inputs=tuple(_port(value) for value in model.graph.inputs),
         outputs=tuple(_port(value) for value in model.graph.outputs),
     )
+    proto = ir.to_proto(model).SerializeToString(deterministic=True)
+    return FinishedGraph(proto, record, dict(model.opset_imports))
 
 
 def _layer_kinds(config: TransnormerConfig) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
 """Exporting a checkpoint: trace, build graphs, stream the weights meanwhile, commit the bundle."""
-# ruff: noqa: PLC0415 - what makes graphs is imported while the weights are being written
+# ruff: noqa: PLC0415 - what makes graphs is imported while the weights are being written, and by who makes them
 
 import contextlib
 import gc
@@ -25,6 +25,8 @@ from tnllm_export.bundle import (
     plan_weights,
 )
 from tnllm_export.errors import ExportError
+from tnllm_export.export.finished import FinishedGraph, write_graph
+from tnllm_export.export.forked import Forked
 from tnllm_export.graphs.lowerings import LOWERINGS
 from tnllm_export.models.checkpoint import Checkpoint, open_checkpoint
 from tnllm_export.models.modeling import Logits, parameter_dtype
@@ -55,7 +57,7 @@ def export_bundle(
         output: Where the bundle shall be; it appears there all at once.
         dtype: Of weights and activations. Default: the checkpoint's own, if ONNX Runtime on the CPU runs it, else
             float32.
-        lowering: "contrib", "standard", "matmul" or "plugin". Default: what ONNX Runtime on the CPU prefers.
+        lowering: "contrib", "standard", "matmul", "plugin" or "hybrid". Default: what ONNX Runtime on the CPU prefers.
         logits: Whether prefill gives the logits of the "last" valid token or of "all".
         overwrite: Whether a bundle at `output` may be replaced.
         progress: Told what is being done.
@@ -67,38 +69,44 @@ def export_bundle(
         WriteError: Disk full, no permission.
     """
     _check_options(dtype, lowering, logits)
-    with _without_pauses(), BundleWriter(output, overwrite) as writer:
+    writer = BundleWriter(output, overwrite)
+    with _without_pauses():
         opened = open_checkpoint(checkpoint)
         if opened.tokenizer_path is not None:
             load_tokenizer(opened.tokenizer_path, opened.config.vocab_size)  # a broken one is found now, not later
         chosen = dtype or _default_dtype(opened, DEFAULT_TARGET)
         form = lowering or DEFAULT_TARGET.lowerings[0]
         layout = _plan(opened, DTYPES[chosen])
-        with _writing_weights(writer, layout, opened, progress) as watched:
-            from tnllm_export.export.graphs import describe_graph, export_graphs, write_graph
 
-            graphs = export_graphs(
-                opened.config, dtype=chosen, lowering=form, logits=logits, layout=layout, progress=watched
+        def make_graphs(progress: Progress) -> dict[str, FinishedGraph]:
+            from tnllm_export.export.graphs import GraphExporter
+
+            exporter = GraphExporter(opened.config, dtype=chosen, lowering=form, logits=logits, layout=layout)
+            return exporter.finish(progress)
+
+        # Forked before there are threads, and before there is a lock on the new folder that would outlive this process.
+        with Forked(make_graphs) as making, writer:
+            with _writing_weights(writer, layout, opened, progress) as watched:
+                graphs = making.result(watched)
+            for name, graph in graphs.items():
+                write_graph(writer, name, graph)
+            if opened.tokenizer_path is not None:
+                writer.copy_file(opened.tokenizer_path, opened.tokenizer_path.name)
+            return writer.commit(
+                Manifest(
+                    config=opened.config,
+                    dtype=chosen,
+                    lowering=form,
+                    logits=logits,
+                    opset_imports={
+                        domain: version for graph in graphs.values() for domain, version in graph.opset_imports.items()
+                    },
+                    graphs=Graphs(**{name: graph.record for name, graph in graphs.items()}),
+                    tokenizer=opened.tokenizer_path.name if opened.tokenizer_path else None,
+                    tools={name: importlib.metadata.version(name) for name in _TOOLS},
+                    source=Source(checkpoint=checkpoint.resolve().name, parameters=opened.parameters),
+                )
             )
-        for name, graph in graphs.items():
-            write_graph(writer, name, graph)
-        if opened.tokenizer_path is not None:
-            writer.copy_file(opened.tokenizer_path, opened.tokenizer_path.name)
-        return writer.commit(
-            Manifest(
-                config=opened.config,
-                dtype=chosen,
-                lowering=form,
-                logits=logits,
-                opset_imports={
-                    domain: version for graph in graphs.values() for domain, version in graph.opset_imports.items()
-                },
-                graphs=Graphs(**{name: describe_graph(name, graph) for name, graph in graphs.items()}),
-                tokenizer=opened.tokenizer_path.name if opened.tokenizer_path else None,
-                tools={name: importlib.metadata.version(name) for name in _TOOLS},
-                source=Source(checkpoint=checkpoint.resolve().name, parameters=opened.parameters),
-            )
-        )
 
 
 @contextlib.contextmanager

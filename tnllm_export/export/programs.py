@@ -1,10 +1,10 @@
 """The two programs of a model, traced by torch.export with symbolic batch and time."""
 
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.export._trace  # now, not by the first call, which two processes make
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,6 +14,7 @@ from tnllm_export.errors import ExportError
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import Logits, TransnormerForCausalLM
 
+_B, _T = 2, 3  # any sizes but 0 and 1, which torch.export would specialise on
 MODEL = "causal_lm"
 """Name under which a program module holds the model."""
 
@@ -48,40 +49,41 @@ class DecodeProgram(nn.Module):
         return self.causal_lm.decode(input_ids, positions, past_state)
 
 
-@dataclass(frozen=True)
-class TracedPrograms:
-    """Both ExportedPrograms of a model; their weights are fake tensors."""
+class Tracer:
+    """Traces the programs of a model of some configuration, without its weights: those are fake tensors."""
 
-    prefill: ExportedProgram
-    decode: ExportedProgram
+    def __init__(self, config: TransnormerConfig, dtype: torch.dtype) -> None:
+        self._fake = FakeTensorMode()
+        self._batch, self._time = Dim("batch", min=1), Dim("time", min=1)
+        with self._fake:
+            self._causal_lm = TransnormerForCausalLM(config).cast_weights(dtype).eval().requires_grad_(False)
+            self._positions = torch.zeros(_B, dtype=torch.int64)
+            self._state = self._causal_lm.initial_state(_B)
 
+    def prefill(self, logits: Logits) -> ExportedProgram:
+        """Trace prefill. Raises ExportError if torch.export refuses it."""
+        with self._fake:
+            input_ids = torch.zeros(_B, _T, dtype=torch.int64)
+            lengths = torch.full((_B,), _T, dtype=torch.int32)
+        batch = {0: self._batch}
+        return _trace(
+            self._fake,
+            PrefillProgram(self._causal_lm, logits),
+            (input_ids, lengths, self._positions, self._state),
+            ({0: self._batch, 1: self._time}, batch, batch, [batch] * len(self._state)),
+        )
 
-def trace_programs(config: TransnormerConfig, dtype: torch.dtype, logits: Logits) -> TracedPrograms:
-    """Trace prefill and decode of a model of this configuration, without its weights.
-
-    Raises:
-        ExportError: torch.export refused the program.
-    """
-    B, T = 2, 3  # any sizes but 0 and 1, which torch.export would specialise on
-    batch, time = Dim("batch", min=1), Dim("time", min=1)
-    fake = FakeTensorMode()
-    with fake:
-        causal_lm = TransnormerForCausalLM(config).cast_weights(dtype).eval().requires_grad_(False)
-        input_ids = torch.zeros(B, T, dtype=torch.int64)
-        lengths = torch.full((B,), T, dtype=torch.int32)
-        positions = torch.zeros(B, dtype=torch.int64)
-        state = causal_lm.initial_state(B)
-    states = [{0: batch} for _ in state]
-    prefill = _trace(
-        fake,
-        PrefillProgram(causal_lm, logits),
-        (input_ids, lengths, positions, state),
-        ({0: batch, 1: time}, {0: batch}, {0: batch}, states),
-    )
-    with fake:
-        token = torch.zeros(B, 1, dtype=torch.int64)
-    decode = _trace(fake, DecodeProgram(causal_lm), (token, positions, state), ({0: batch}, {0: batch}, states))
-    return TracedPrograms(prefill, decode)
+    def decode(self) -> ExportedProgram:
+        """Trace decode. Raises ExportError if torch.export refuses it."""
+        with self._fake:
+            token = torch.zeros(_B, 1, dtype=torch.int64)
+        batch = {0: self._batch}
+        return _trace(
+            self._fake,
+            DecodeProgram(self._causal_lm),
+            (token, self._positions, self._state),
+            (batch, batch, [batch] * len(self._state)),
+        )
 
 
 def _trace(fake: FakeTensorMode, module: nn.Module, arguments: tuple[Any, ...], shapes: Any) -> ExportedProgram:

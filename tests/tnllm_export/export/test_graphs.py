@@ -6,7 +6,7 @@ import torch
 
 from tnllm_export.bundle import TensorSpec, open_bundle, plan_weights
 from tnllm_export.export import export_bundle
-from tnllm_export.export.graphs import export_graphs
+from tnllm_export.export.graphs import GraphExporter
 from tnllm_export.models.checkpoint import expected_tensors
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
@@ -57,12 +57,13 @@ def test_the_released_form_unrolls_to_what_tracing_every_layer_gives(lowering):
     config = make_config([1, 0, 0, 0, 0])
     layout = plan_weights(TensorSpec(name, "float32", shape) for name, shape in expected_tensors(config).items())
     unrolled, traced = (
-        export_graphs(config, dtype="float32", lowering=lowering, logits="last", layout=layout, unroll=unroll)
+        GraphExporter(config, dtype="float32", lowering=lowering, logits="last", layout=layout, unroll=unroll)
         for unroll in (True, False)
     )
     for program in ("prefill", "decode"):
-        assert len(traced[program].graph) > 100
-        assert description(unrolled[program]) == description(traced[program])
+        graph, expected = getattr(unrolled, program)(), getattr(traced, program)()
+        assert len(expected.graph) > 100
+        assert description(graph) == description(expected)
 
 
 @pytest.mark.parametrize("lrpe", [[0, 1, 1, 0], [1, 1, 1], [0]], ids=str)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tnllm_export.export.programs import trace_programs
+from tnllm_export.export.programs import Tracer
 from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
@@ -100,8 +100,8 @@ def test_exported_programs_hold_the_same_plain_ops_whatever_form_is_asked_for(dt
     traced = []
     for choice in ("triton", "pytorch"):
         with use_kernels(choice):
-            programs = trace_programs(CONFIG, dtype, "last")
-        traced.append([str(programs.prefill.graph), str(programs.decode.graph)])
+            tracer = Tracer(CONFIG, dtype)
+            traced.append([str(tracer.prefill("last").graph), str(tracer.decode().graph)])
     assert traced[0] == traced[1]
     assert not any(f"tnllm.{name}" in graph for name in LAYER_OPS for graph in traced[0])
 
