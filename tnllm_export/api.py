@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tnllm_export.bench import BenchOptions, BenchReport, bench_bundle, check_page, write_page
 from tnllm_export.build import BuildResult, EngineOptions, build_engines
 from tnllm_export.build.options import parse_compute_capabilities
 from tnllm_export.bundle import DTYPES, Bundle, open_bundle
@@ -37,6 +38,7 @@ from tnllm_export.runtime import Runtime, RuntimeInfo, load_runtime
 from tnllm_export.verify import ParityReport, Workload
 
 __all__ = [
+    "BenchReport",
     "BuildResult",
     "Bundle",
     "BundleError",
@@ -63,6 +65,7 @@ __all__ = [
     "TransnormerForCausalLM",
     "Workload",
     "WriteError",
+    "bench",
     "build",
     "build_plugin",
     "export",
@@ -269,6 +272,53 @@ def verify(
         save=save,
         progress=progress,
     )
+
+
+def bench(
+    bundle: Bundle | Path | str,
+    runtimes: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    prompt_lengths: Sequence[int] = BenchOptions.prompt_lengths,
+    contexts: Sequence[int] = BenchOptions.contexts,
+    batches: Sequence[int] = BenchOptions.batches,
+    tokens: int = BenchOptions.tokens,
+    time_limit: float = BenchOptions.time_limit,
+    threads: int | None = None,
+    output: Path | str | None = None,
+    progress: Progress = silent,
+) -> BenchReport:
+    """Time a bundle on runtimes of one device, each beside what the device could do. Each is verified first.
+
+    Args:
+        bundle: The bundle or its folder.
+        runtimes: Their names; default: all that have a target on the device.
+        device: "cpu" or "cuda"; default: "cuda" where PyTorch finds one.
+        prompt_lengths: Prompts of one sequence, in tokens.
+        contexts: Tokens before the decoded ones, for one sequence.
+        batches: Sequences that are decoded together, after the first of `contexts`.
+        tokens: Tokens decoded in each case.
+        time_limit: Seconds of timing; the runtimes share them.
+        threads: CPU threads; default: each runtime's own choice.
+        output: Where to write the report as one HTML page; default: nowhere.
+        progress: Told what is being done.
+
+    Returns:
+        The report. A runtime that could not be loaded, or differs from the eager model, is in it with its reason: see
+        `require_results`.
+
+    Raises:
+        BundleError: No sound bundle.
+        RuntimeTargetError: No such runtime or device.
+        RequestError: An option out of its range.
+        WriteError: The page can't be written.
+    """
+    options = BenchOptions(tuple(prompt_lengths), tuple(contexts), tuple(batches), tokens, time_limit)
+    page = None if output is None else check_page(Path(output))
+    report = bench_bundle(bundle, tuple(runtimes), device=device, options=options, threads=threads, progress=progress)
+    if page is not None:
+        write_page(report, page)
+    return report
 
 
 def generator(

@@ -11,6 +11,7 @@ import tnllm_export
 from tnllm_export import api, errors
 
 PUBLIC = [
+    "BenchReport",
     "BuildResult",
     "Bundle",
     "BundleError",
@@ -37,6 +38,7 @@ PUBLIC = [
     "TransnormerForCausalLM",
     "Workload",
     "WriteError",
+    "bench",
     "build",
     "build_plugin",
     "export",

@@ -173,10 +173,10 @@ def _figure(draw: Callable[["Axes"], None], label: str) -> str:
         buffer = io.StringIO()
         nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return _for_page(buffer.getvalue(), label)
+    return inline_svg(buffer.getvalue(), label)
 
 
-def _for_page(svg: str, label: str) -> str:
+def inline_svg(svg: str, label: str) -> str:
     """Make matplotlib's document an inline element: no addresses, no fonts of its own, any width, a spoken label."""
     svg = svg[svg.index("<svg") :]
     # Inside HTML the namespaces are implied.

@@ -34,6 +34,10 @@ CASES = {
     "graph": (("inspect", "{binary}"), 23, "no ONNX file"),
     "graph by another name": (("inspect", "{checkpoint}/config.json"), 23, "no ONNX file"),
     "nothing to inspect": (("inspect", "{tmp}/none.onnx"), 21, "no such file"),
+    "numbers that are none": (("bench", "{bundle}", "--contexts", "1,x"), 50, "--contexts is '1,x'; expected integers"),
+    "prompts of no length": (("bench", "{bundle}", "--prompt-lengths", "0"), 50, "prompt_lengths is [0]"),
+    "no time": (("bench", "{bundle}", "--time-limit", "0"), 50, "time_limit is 0"),
+    "page in no folder": (("bench", "{bundle}", "-o", "{tmp}/none/page.html"), 31, "can't be written"),
     "short text": (("verify", "{bundle}", "--text-file", "{short}"), 51, "expected at least 8"),
 }
 

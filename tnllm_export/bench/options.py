@@ -1,0 +1,48 @@
+"""What is measured, and for how long."""
+
+from dataclasses import dataclass
+
+from tnllm_export.errors import RequestError
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """The cases of a run.
+
+    Attributes:
+        prompt_lengths: Prompts of one sequence, in tokens, each fed in one call.
+        contexts: Tokens before the decoded ones, for one sequence.
+        batches: Sequences that are decoded together, after the first of `contexts`.
+        tokens: Tokens that are decoded in each case.
+        time_limit: Seconds for everything that is timed. Runtimes share them; what finds none left is not measured.
+
+    Raises:
+        RequestError: A part of it is empty or not positive.
+    """
+
+    prompt_lengths: tuple[int, ...] = (128, 512, 2048)
+    contexts: tuple[int, ...] = (128, 1024, 8192, 131072)
+    batches: tuple[int, ...] = (1, 8)
+    tokens: int = 64
+    time_limit: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name, option, values in (
+            ("prompt_lengths", "--prompt-lengths", self.prompt_lengths),
+            ("contexts", "--contexts", self.contexts),
+            ("batches", "--batches", self.batches),
+        ):
+            if not values or min(values) < 1:
+                raise RequestError(
+                    f"{name} is {list(values)}; expected at least one number, each of 1 or more ({option} 1,2,3)"
+                )
+        if self.tokens < 1:
+            raise RequestError(f"tokens is {self.tokens}; expected at least 1 (--tokens 64)")
+        if not self.time_limit > 0:
+            raise RequestError(f"time_limit is {self.time_limit:g}; expected some seconds (--time-limit 300)")
+
+    @property
+    def decode_cases(self) -> tuple[tuple[int, int], ...]:
+        """(batch, context) of each decode case, the two sweeps without repeats: contexts first, then batches."""
+        over_context = [(1, context) for context in self.contexts]
+        return tuple(dict.fromkeys([*over_context, *((batch, self.contexts[0]) for batch in self.batches)]))
