@@ -88,7 +88,7 @@ class Plan:
     capture: Capture | None = None
     kernels: Choice = "triton"
     compiled: bool = os.environ.get("TNLLM_BENCH_COMPILE") != "0"
-    compile_s: float = 50
+    compile_s: float = float(os.environ.get("TNLLM_BENCH_COMPILE_SECONDS", "50"))
     limit_s: float = LIMIT_S
 
     @property

@@ -29,18 +29,8 @@ def inference_table(records: list[Record]) -> str:
              best, _target(record), peer_name(record), figure(record.peer_value),
              share(record.value, record.peer_value)]
         )  # fmt: skip
-    header = [
-        "case",
-        "what",
-        "**ours**",
-        "floor or limit",
-        "floor / ours",
-        "target",
-        "peer",
-        "its value",
-        "ours / peer",
-    ]
-    return rows(header, lines) + absences(records)
+    header = ["size", "case", "what", "**ours**", "floor or limit", "floor / ours", "target", "peer", "its value"]
+    return rows([*header, "ours / peer"], lines) + absences(records)
 
 
 def distance_table(records: list[Record]) -> str:

@@ -100,6 +100,19 @@ def test_time_and_memory_over_context_stand_side_by_side_and_say_how_they_grow(r
     assert "- LLaMA form, SDPA: out of memory (1B | 131072)" in table
 
 
+def test_every_row_of_a_table_has_a_cell_for_each_column(records):
+    found = [record for record in records if record.name == names.INFERENCE_CONTEXT]
+    found += [
+        inference("7B | decode, B 1", "peak memory", 13.5, 14.0, "weights and state", 13.0, "GiB"),
+        Record(names.INFERENCE_PARITY, "1B shape, B 1 | decoded", "distance", "1", 1e-2, 2e-2, names.PYTORCH, 1e-2),
+        Record(names.INFERENCE_ATTENTION, "7B | 4096", "time of one layer", "µs", None, 16.0, "SDPA flash", 40.0),
+    ]
+    for name in {record.name for record in found}:
+        lines = performance.TABLES[name]([record for record in found if record.name == name]).split("\n\n")[0]
+        counts = {line.count("|") for line in lines.splitlines()}
+        assert len(counts) == 1, lines
+
+
 def inference(case, metric, value, floor=None, peer=None, peer_value=None, unit="ms"):
     return Record(names.INFERENCE, case, metric, unit, value, floor, peer, peer_value)
 
