@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ class DecodeGraph:
         # Token ids and positions: one copy brings both.
         self._inputs = torch.zeros(2, batch, dtype=torch.int64, device=device)
         self._staged = torch.zeros(2, batch, dtype=torch.int64, pin_memory=on_gpu)
-        self._arrived = torch.cuda.Event() if on_gpu else None
+        self._arrived = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._step = step  # a captured call keeps none of its buffers alive
         input_ids, positions = self._inputs[0].unsqueeze(1), self._inputs[1]
         self._captured = capture(lambda: step(input_ids, positions, self._states))
@@ -198,7 +199,7 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, call: Callable[[], Tensor]) -> Captured:
         """Run the call twice, which compiles kernels and opens libraries, and capture it. Raises RuntimeTargetError."""
