@@ -127,7 +127,7 @@ def matmul_kernel(
 def _prefetch(p_tile, row_mask, first, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     """Have the first tiles of the weights fetched into L2."""
     WIDTH: tl.constexpr = _LINE // (p_tile.dtype.element_ty.primitive_bitwidth // 8)
-    LINES: tl.constexpr = BK // WIDTH
+    LINES: tl.constexpr = (BK + WIDTH - 1) // WIDTH
     i_line = tl.arange(0, LINES) * WIDTH
     for stage in tl.static_range(STAGES):
         column = stage * BK + i_line

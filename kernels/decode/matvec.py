@@ -1,7 +1,7 @@
 """A linear map of one token, or of few: weights stream through registers, read once, 16 bytes at a time.
 
-A program owns BN rows of the weights and BB tokens; a larger batch finds the rows in L2 again. The first tile of them is
-under way before the previous kernel has ended, and each next one before the last is used. A norm in front of the map
+A program owns BN rows of the weights and BB tokens; a larger batch finds the rows in L2 again. The first tile of them
+is under way before the previous kernel has ended, and each next one before the last is used. A norm in front of the map
 needs no pass of its own: the map is linear, so the sum of squares is taken beside the products and scales what comes
 out.
 """

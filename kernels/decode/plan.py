@@ -66,12 +66,18 @@ MATRIX: Mapping[Output, Matrix] = {
 }
 """Likewise; the split follows from the number of rows."""
 
+TUNED: dict[tuple[Output, int, int, int], Cut] = {}
+"""Cuts of maps that were tried one by one, by (what is done with the sums, power of 2 of the tokens, rows, columns)."""
+
 
 def cut(output: Output, batch: int, rows: int, columns: int, itemsize: int, processors: int) -> Cut:
     """Return the sizes for a map of `batch` tokens by weights [rows, columns] of `itemsize` bytes.
 
     float32 has no tensor cores that keep its precision, so its products are always summed outside them.
     """
+    tuned = TUNED.get((output, power_of_2(batch), rows, columns))
+    if tuned is not None and itemsize == 2:
+        return tuned
     if batch <= VECTOR_BATCH or itemsize == 4:
         return _fitted_vector(VECTOR[output], batch, columns, itemsize)
     return _fitted_matrix(MATRIX[output], rows, columns, processors)
