@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnllm_export.bundle import Bundle, open_bundle
-from tnllm_export.bundle.engines import ENGINE_SUFFIX, RECORD, EngineSet, engines_of, is_current, read_engines
+from tnllm_export.bundle.engines import (
+    ENGINE_SUFFIX,
+    PACKAGE_SUFFIX,
+    RECORD,
+    EngineSet,
+    engines_of,
+    is_current,
+    read_engines,
+)
 from tnllm_export.errors import BundleCorruptError, BundleNotFoundError
 from tnllm_export.targets import TARGETS, Target
 from tnllm_export.tensorrt import engine_target
@@ -83,17 +91,17 @@ class TargetVerdict:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """A pair of TensorRT engines in a bundle, prefill and decode.
+    """A pair of TensorRT engines or AOTInductor packages in a bundle, prefill and decode.
 
     Attributes:
         path: Their folder.
         target: What runs them, e.g. "tensorrt-rtx".
-        version: Of TensorRT.
-        gpus: Where they run: compute capabilities, or the GPU they were built on.
+        version: Of TensorRT, or of PyTorch.
+        gpus: Where they run: compute capabilities, or the GPU or CPU they were built for.
         dtype: Of activations.
         lowering: Which form the two ops have.
         weights: "embedded", "external" or "stripped".
-        profile: Largest and optimal batch, and prompt of one prefill.
+        profile: Largest and optimal batch, and prompt of one prefill; None where any will do.
         tf32: Whether float32 products may round their factors to 10 bits.
         plugin: None, or whether the plugin library is "embedded" or "beside" the engines.
         files: Size of each.
@@ -107,7 +115,7 @@ class EngineInfo:
     dtype: str
     lowering: str
     weights: str
-    profile: dict[str, int]
+    profile: dict[str, int] | None
     tf32: bool
     plugin: str | None
     files: dict[str, int]
@@ -156,7 +164,7 @@ def inspect(path: Path | str) -> Inspection:
         EngineMismatchError: An engine without the record that `tnllm build` writes beside it.
     """
     path = Path(path)
-    if path.suffix == ENGINE_SUFFIX or (path / RECORD).is_file():
+    if path.suffix in (ENGINE_SUFFIX, PACKAGE_SUFFIX) or (path / RECORD).is_file():
         return _inspect_engine(path)
     if path.is_dir():
         return _inspect_bundle(open_bundle(path, check=False))
@@ -207,8 +215,7 @@ def _inspect_engine(path: Path) -> Inspection:
 
 def _engine(found: EngineSet, bundle: Bundle | None) -> EngineInfo:
     spec = found.spec
-    target = engine_target(spec.target)
-    gpus = spec.device or ", ".join(spec.compute_capabilities) or target.compute_capabilities
+    gpus = spec.device or ", ".join(spec.compute_capabilities) or engine_target(spec.target).compute_capabilities
     return EngineInfo(
         path=str(found.path),
         target=spec.target,
@@ -217,7 +224,7 @@ def _engine(found: EngineSet, bundle: Bundle | None) -> EngineInfo:
         dtype=spec.dtype,
         lowering=spec.lowering,
         weights=spec.weights,
-        profile=spec.profile.model_dump(),
+        profile=None if spec.profile is None else spec.profile.model_dump(),
         tf32=spec.tf32,
         plugin=None if spec.plugin is None else "embedded" if spec.plugin.embedded else "beside",
         files={name: record.bytes for name, record in found.record.files.items()},

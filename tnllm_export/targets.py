@@ -44,7 +44,8 @@ class Target:
         dtypes: Activation dtypes it runs.
         lowerings: Lowerings it runs, the preferred one first. Empty where the runtime needs no graph.
         max_opset: Newest ai.onnx opset it accepts, or None where that does not apply.
-        engine: How its engines are built, or None where it runs the graphs themselves.
+        engine: How its engines are built, or None where it has none.
+        compiled: Whether it runs packages, which `tnllm build` compiles.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Target:
     lowerings: tuple[str, ...]
     max_opset: int | None = None
     engine: EngineTarget | None = None
+    compiled: bool = False
 
 
 # ONNX Runtime's own LinearAttention is about as fast, but rounds exp(-s) to float32 at every token: after 32k tokens
@@ -77,6 +79,22 @@ TARGETS: tuple[Target, ...] = (
         ("float16", "bfloat16", "float32"),
         ("hybrid", "matmul", "contrib", "plugin"),
         max_opset=26,
+    ),
+    Target(
+        "aotinductor-cpu",
+        "aotinductor",
+        "cpu",
+        ("float32", "float16", "bfloat16"),
+        (),
+        compiled=True,
+    ),
+    Target(
+        "aotinductor-cuda",
+        "aotinductor",
+        "cuda",
+        ("float32", "float16", "bfloat16"),
+        (),
+        compiled=True,
     ),
     Target(
         "tensorrt-rtx",

@@ -113,7 +113,8 @@ def _chunked(x: Tensor, lengths: Tensor | None) -> Tensor:
     T = x.shape[1]
     if lengths is not None:
         x = torch.where(_valid(lengths, T)[:, :, None, None], x, 0)
-    x = F.pad(x, (0, 0, 0, 0, 0, -T % CHUNK_SIZE))
+    # Not -T % CHUNK_SIZE: compiled to C++ for a symbolic T, a remainder keeps the sign.
+    x = F.pad(x, (0, 0, 0, 0, 0, (T + CHUNK_SIZE - 1) // CHUNK_SIZE * CHUNK_SIZE - T))
     return torch.unflatten(x, 1, (-1, CHUNK_SIZE)).permute(0, 3, 1, 2, 4).to(accumulator_dtype(x.dtype))
 
 

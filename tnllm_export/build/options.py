@@ -26,6 +26,7 @@ class EngineOptions:
         tf32: Whether float32 products may round their factors to 10 bits for the tensor cores. States, and all of the
             lowering `matmul`'s attention, are float32: without it they keep the precision that other runtimes have.
         timing_cache: File that keeps measured times between builds (`tensorrt` only).
+        device: "cpu" or "cuda" (`aotinductor` only, which takes no other option); default: "cuda" where there is one.
     """
 
     max_batch: int = 8
@@ -38,6 +39,7 @@ class EngineOptions:
     embed_plugin: bool = False
     tf32: bool = False
     timing_cache: Path | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         for kind, optimal, largest in (

@@ -1,4 +1,4 @@
-"""From a bundle to its two engines: taken from the bundle where they are there already, else built into it."""
+"""From a bundle to its two engines or packages: taken from the bundle where they are there, else built into it."""
 
 import time
 from dataclasses import dataclass, replace
@@ -6,6 +6,8 @@ from functools import partial
 
 import torch
 
+from tnllm_export.build.aotinductor import TARGET as AOTINDUCTOR
+from tnllm_export.build.aotinductor import build_packages
 from tnllm_export.build.engine import build_engine, make_builder
 from tnllm_export.build.options import EngineOptions, parse_compute_capabilities, resolve_compute_capabilities
 from tnllm_export.bundle import Bundle
@@ -37,11 +39,11 @@ class BuildResult:
 def build_engines(
     bundle: Bundle, target: str, options: EngineOptions, *, rebuild: bool = False, progress: Progress = silent
 ) -> BuildResult:
-    """Build the prefill and the decode engine of a bundle.
+    """Build the prefill and the decode engine of a bundle, or its packages.
 
     Args:
         bundle: The bundle; its engines are put into its folder `engines`.
-        target: "tensorrt-rtx" or "tensorrt".
+        target: "tensorrt-rtx", "tensorrt" or "aotinductor".
         options: How.
         rebuild: Whether to build even if the bundle has these engines.
         progress: Told how far it is.
@@ -51,6 +53,11 @@ def build_engines(
         EngineBuildError: An option or this bundle does not fit, or TensorRT refused.
         WriteError: Disk full, no permission.
     """
+    if target == AOTINDUCTOR:
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return BuildResult(*build_packages(bundle, device, rebuild=rebuild, progress=progress))
+    if options.device is not None:
+        raise EngineBuildError(f"{target} builds for no device by name; leave out --device, or name GPUs with --sm")
     started = time.monotonic()
     kind = engine_target(target)
     _check_bundle(bundle, next(found for found in TARGETS if found.name == target), options)

@@ -1,5 +1,7 @@
 """Engines in a bundle: `engines/<target>/<key>/`, written whole or not at all, each with a record of what shaped it.
 
+TensorRT's engines, and AOTInductor's packages, which take the place of engines in all that is said here.
+
 The manifest does not list them: they are made from the bundle and can be made again. Their own record has checksums.
 """
 
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tnllm_export.bundle import files
@@ -27,6 +30,9 @@ ENGINES = "engines"
 RECORD = "engines.json"
 ENGINE_SUFFIX = ".engine"
 PLUGIN_LIBRARY = "libtnllm_plugins.so"
+PACKAGE_SUFFIX = ".pt2"
+CONSTANTS = "constants.safetensors"
+"""Beside AOTInductor's packages: what they need and no checkpoint has."""
 ENGINE_FILES: Mapping[str, str] = {name: f"{name}{ENGINE_SUFFIX}" for name in ("prefill", "decode")}
 
 _PARTIAL = ".partial-"
@@ -60,8 +66,8 @@ class EngineSpec(_Record):
     Attributes:
         recipe: Counts changes of how this package builds.
         target: e.g. "tensorrt-rtx".
-        version: Of TensorRT.
-        device: The GPU that it is built on, "" where a build needs none.
+        version: Of TensorRT, or of PyTorch.
+        device: The GPU or CPU that it is built for, "" where it is built for none in particular.
         compute_capabilities: That it is built for, e.g. ("8.6",); empty for the target's own choice.
         graphs: Checksums of the graphs, by program.
         weights_sha256: Checksum of the weights; "" for engines that take any weights of these shapes.
@@ -69,7 +75,7 @@ class EngineSpec(_Record):
         lowering: Which form the two ops have in the graphs.
         weights: Where the weights are: "embedded" in each engine; "external", inputs of the engine, which both engines
             share; or "stripped", put back by a refit.
-        profile: The shapes.
+        profile: The shapes; None where any do.
         tf32: Whether float32 products may round their factors to 10 bits.
         plugin: The plugin library, for the lowering `plugin`.
     """
@@ -84,7 +90,7 @@ class EngineSpec(_Record):
     dtype: str
     lowering: str
     weights: WeightsMode
-    profile: ProfileRecord
+    profile: ProfileRecord | None
     tf32: bool
     plugin: PluginRecord | None
 
@@ -177,6 +183,11 @@ def is_current(engines: EngineSet, manifest: Manifest) -> bool:
     )
 
 
+def host_device() -> str:
+    """Name this machine's CPU as the device of a spec, with the vector instructions that compiled code may use."""
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def find_engines(bundle: Path, spec: EngineSpec) -> EngineSet | None:
     """Return the engines of a bundle that were built from `spec`, or None; contents are not checked."""
     found = _read(bundle / ENGINES / spec.target / spec.key / RECORD)
@@ -220,9 +231,13 @@ class EngineWriter:
             produce(file.write)
             self._files[name] = file.settle()
 
+    def add_file(self, name: str, source: Path) -> None:
+        """Put a copy of a file among them."""
+        self._files[name] = files.write_new(self._partial / name, files.read_pieces(source))
+
     def copy_plugin_library(self, source: Path) -> None:
         """Put the library that the engines need beside them."""
-        self._files[PLUGIN_LIBRARY] = files.write_new(self._partial / PLUGIN_LIBRARY, files.read_pieces(source))
+        self.add_file(PLUGIN_LIBRARY, source)
 
     def commit(self, seconds: float) -> EngineSet:
         """Put the engines in their place, instead of what may be there, and return them."""

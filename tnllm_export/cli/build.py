@@ -1,4 +1,4 @@
-"""`tnllm build`: a bundle becomes TensorRT engines."""
+"""`tnllm build`: a bundle becomes TensorRT engines or AOTInductor packages."""
 # ruff: noqa: PLC0415 - `tnllm --help` and completion must not wait for torch
 
 import time
@@ -21,7 +21,9 @@ tnllm build bundle --target tensorrt-rtx --max-batch 8 --max-prompt 512
 
 tnllm build bundle --sm 8.6,12.0 --weights external
 
-tnllm build bundle --plugin-library libtnllm_plugins.so --embed-plugin"""
+tnllm build bundle --plugin-library libtnllm_plugins.so --embed-plugin
+
+tnllm build bundle --target aotinductor --device cpu"""
 
 
 class EngineTargetName(StrEnum):
@@ -29,6 +31,14 @@ class EngineTargetName(StrEnum):
 
     TENSORRT_RTX = "tensorrt-rtx"
     TENSORRT = "tensorrt"
+    AOTINDUCTOR = "aotinductor"
+
+
+class BuildDevice(StrEnum):
+    """What a package runs on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 class Weights(StrEnum):
@@ -44,6 +54,10 @@ def build(
     target: Annotated[
         EngineTargetName, typer.Option(help="What builds and runs the engines; tensorrt-rtx builds without a GPU.")
     ] = EngineTargetName.TENSORRT_RTX,
+    device: Annotated[
+        BuildDevice | None,
+        typer.Option(help="What packages run on; aotinductor only. Default: cuda where there is one."),
+    ] = None,
     max_batch: Annotated[int, typer.Option(help="Most sequences at once.")] = 8,
     max_prompt: Annotated[int, typer.Option(help="Most tokens of one prefill; longer prompts go in pieces.")] = 512,
     opt_batch: Annotated[int, typer.Option(help="Batch that is made fastest.")] = 1,
@@ -74,7 +88,8 @@ def build(
 ) -> None:
     """Build a bundle's prefill and decode engines, into its folder `engines`.
 
-    They are built again only when something that shapes them has changed: graphs, weights, an option, TensorRT.
+    They are built again only when something that shapes them has changed: graphs, weights, an option, TensorRT. The
+    target aotinductor compiles packages instead, for any batch and prompt; of the options it takes --device.
     """
     with session(json_output) as current:
         from tnllm_export import api
@@ -90,6 +105,7 @@ def build(
             embed_plugin=embed_plugin,
             tf32=tf32,
             timing_cache=timing_cache,
+            device=device.value if device else None,
         )
         started = time.monotonic()
         result = api.build(bundle, target.value, options, rebuild=rebuild, progress=current.progress)

@@ -105,9 +105,12 @@ def _engines(engines: "EngineInfo") -> RenderableType:
     table = _grid()
     profile = engines.profile
     table.add_row("built with", f"{engines.target} {engines.version}")
-    table.add_row("GPUs", engines.gpus)
-    table.add_row("takes", f"batch 1 … {profile['max_batch']}, prompt 1 … {profile['max_prompt']} tokens at once")
-    table.add_row("fastest at", f"batch {profile['opt_batch']}, prompt {profile['opt_prompt']} tokens")
+    table.add_row("runs on", engines.gpus)
+    if profile is None:
+        table.add_row("takes", "any batch, any prompt")
+    else:
+        table.add_row("takes", f"batch 1 … {profile['max_batch']}, prompt 1 … {profile['max_prompt']} tokens at once")
+        table.add_row("fastest at", f"batch {profile['opt_batch']}, prompt {profile['opt_prompt']} tokens")
     table.add_row("weights", engines.weights)
     table.add_row("float32 products", "10 bits of precision (TF32)" if engines.tf32 else "at full precision")
     table.add_row("plugin library", "none needed" if engines.plugin is None else engines.plugin)

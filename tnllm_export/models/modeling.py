@@ -250,6 +250,11 @@ class TransnormerForCausalLM(nn.Module):
         return self
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    @property
     def state_dtype(self) -> torch.dtype:
         """The dtype of recurrent states: float32, or float64 for a float64 model."""
         return torch.float64 if self.lm_head.weight.dtype == torch.float64 else torch.float32

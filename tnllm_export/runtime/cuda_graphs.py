@@ -12,13 +12,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from tnllm_export.errors import RuntimeTargetError
 from tnllm_export.kernels.dispatch import Choice, kernel_choice
+from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.fused_decode import FusedDecoder
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime.device_memory import gibibytes, reporting_out_of_memory
@@ -29,6 +31,24 @@ MOST_GRAPHS = 4
 
 ROW_STEP = 8
 """Above so many sequences, graphs are made for multiples of it."""
+
+
+class Stateful(Protocol):
+    """What graphs have to know of a model: the shape of its states, and where they are."""
+
+    config: TransnormerConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The dtype of states."""
+
+    def initial_state(self, batch: int) -> list[Tensor]:
+        """Return the all-zero state of each layer, [B, H, K, V]."""
+
 
 Step = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
 """input_ids [B, 1], positions [B] and a state, which it updates in place -> logits [B, vocab]."""
@@ -67,15 +87,19 @@ class DecodeGraphs:
     the activations of one token, and there are at most MOST_GRAPHS.
     """
 
-    def __init__(self, model: TransnormerForCausalLM, capture: Capture | None = None) -> None:
+    def __init__(
+        self, model: Stateful, capture: Capture | None = None, make_step: Callable[[int], Step] | None = None
+    ) -> None:
         """Make a set of graphs.
 
         Args:
             model: Its device decides where all tensors are.
             capture: Captures a call whose inputs and outputs stay where they are; default: as a CUDA graph.
+            make_step: Returns the step for a number of sequences; default: that of `model`, a `TransnormerForCausalLM`.
         """
         self._model = model
-        self._device = model.lm_head.weight.device
+        self._device = model.device
+        self._make_step = make_step or partial(decode_step, cast(TransnormerForCausalLM, model))
         self._capture = capture or CudaCapture(self._device)
         self._graphs: OrderedDict[tuple[int, Choice], DecodeGraph] = OrderedDict()
 
@@ -118,7 +142,7 @@ class DecodeGraphs:
         work = f"the CUDA graph of decode for {batch} sequences, whose state alone takes {gibibytes(size)}"
         way_out = "decode fewer sequences at once, or let go of states that are not needed any more"
         with reporting_out_of_memory(self._device, work, way_out):
-            return DecodeGraph(self._model, decode_step(self._model, batch), batch, self._capture)
+            return DecodeGraph(self._model, self._make_step(batch), batch, self._capture)
 
     def _guard(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
@@ -130,8 +154,8 @@ class DecodeGraph:
     It is made on a state of zeros: a caller's comes in when all is ready.
     """
 
-    def __init__(self, model: TransnormerForCausalLM, step: Step, batch: int, capture: Capture) -> None:
-        device = model.lm_head.weight.device
+    def __init__(self, model: Stateful, step: Step, batch: int, capture: Capture) -> None:
+        device = model.device
         on_gpu = device.type == "cuda"
         self.occupant: weakref.ref[GraphState] | None = None
         self._states = model.initial_state(batch)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from tnllm_export.bundle import Bundle, open_bundle
 from tnllm_export.errors import RequestError, RuntimeMissingError
+from tnllm_export.runtime.aotinductor import AotInductorRuntime
 from tnllm_export.runtime.onnxruntime import OnnxRuntime
 from tnllm_export.runtime.onnxruntime_cuda import OnnxRuntimeCuda
 from tnllm_export.runtime.protocol import Runtime
@@ -27,6 +28,7 @@ def _open_onnxruntime(bundle: Bundle, *, device: str, threads: int | None) -> Ru
 _RUNTIMES: dict[str, _Open] = {
     "onnxruntime": _open_onnxruntime,
     "torch": TorchRuntime.from_bundle,
+    "aotinductor": AotInductorRuntime.from_bundle,
     "tensorrt-rtx": partial(TensorrtRuntime.from_bundle, name="tensorrt-rtx"),
     "tensorrt": partial(TensorrtRuntime.from_bundle, name="tensorrt"),
 }

@@ -39,8 +39,9 @@ def _others(runtime: str, dtype: str, lowering: str | None) -> str:
         {
             target.runtime
             for target in TARGETS
-            # Where engines have to be built first, loading it is not the way out.
+            # Where something has to be built first, loading it is not the way out.
             if target.engine is None
+            and not target.compiled
             and target.runtime != runtime
             and dtype in target.dtypes
             and (lowering is None or not target.lowerings or lowering in target.lowerings)

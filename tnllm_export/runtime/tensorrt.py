@@ -90,7 +90,9 @@ class TensorrtRuntime:
             logits=bundle.manifest.logits,
             weights_id=weights_id(bundle),
         )
-        return cls(info, programs[0], programs[1], engines.spec.profile, place)
+        profile = engines.spec.profile
+        assert profile is not None, "engines are built for a profile"
+        return cls(info, programs[0], programs[1], profile, place)
 
     @property
     def info(self) -> RuntimeInfo:

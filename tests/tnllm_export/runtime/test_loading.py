@@ -122,7 +122,7 @@ def test_the_model_is_built_over_the_very_tensors_it_is_given(tied: bool) -> Non
 def test_an_unknown_runtime_is_told_the_known_ones(bundle: Bundle) -> None:
     with pytest.raises(RuntimeMissingError) as caught:
         load_runtime(bundle, "tensorflow")
-    assert "'tensorflow'; expected one of: onnxruntime, torch, tensorrt-rtx, tensorrt" in one_line(caught)
+    assert "'tensorflow'; expected one of: onnxruntime, torch, aotinductor, tensorrt-rtx, tensorrt" in one_line(caught)
 
 
 def test_a_runtime_that_is_not_installed_is_told_how(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,261 @@
+"""AOTInductor packages on the CPU and on CUDA: what `tnllm build --target aotinductor` put into a bundle.
+
+Both packages read one copy of the bundle's weights, memory-mapped on the CPU. On CUDA, decode updates the state in
+place and runs as a CUDA graph.
+"""
+# ruff: noqa: PLC0415 - Inductor is imported when there is a package to load
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Self, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tnllm_export.bundle import Bundle
+from tnllm_export.bundle.engines import CONSTANTS, PACKAGE_SUFFIX, EngineSet, engines_of, host_device, is_current
+from tnllm_export.errors import EngineMismatchError, EngineMissingError, RuntimeTargetError, UnsupportedTargetError
+from tnllm_export.models.config import TransnormerConfig
+from tnllm_export.runtime.cuda_graphs import DecodeGraphs, GraphState
+from tnllm_export.runtime.device_memory import reporting_out_of_memory
+from tnllm_export.runtime.protocol import RuntimeInfo, State
+from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors
+from tnllm_export.runtime.support import check_supported, weights_id
+from tnllm_export.runtime.validation import check_decode, check_prefill
+
+NAME = "aotinductor"
+MODEL = "causal_lm."
+"""What packages write before the weights' names."""
+
+
+class AotInductorRuntime:
+    """Runs a pair of packages. Logits stay on the device."""
+
+    def __init__(self, info: RuntimeInfo, prefill: "Package", decode: "Package", device: torch.device) -> None:
+        self._info = info
+        self._prefill = prefill
+        self._decode = decode
+        self._device = device
+        self._graphs: DecodeGraphs | None = None
+        if device.type == "cuda":
+            self._graphs = DecodeGraphs(_Facts(info.config, device), make_step=lambda _: self._step_in_place)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> Self:
+        """Load a bundle's packages for this machine's CPU or the current CUDA device: those that were built last.
+
+        `threads` is PyTorch's own setting and holds for the whole process.
+
+        Raises:
+            UnsupportedTargetError: There is no CUDA device.
+            EngineMissingError: The bundle has no packages for the device.
+            EngineMismatchError: They are damaged, of another PyTorch, or for another CPU or GPU.
+            DeviceMemoryError: The weights do not fit into the GPU's memory.
+        """
+        check_supported(bundle, NAME, device)
+        place, found = _place(device)
+        packages = choose_packages(bundle, device)
+        check_fits(packages, torch.__version__, found)
+        packages.check()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        constants: dict[str, Tensor] = {}
+        way_out = "free it for others' work, or load the bundle with --device cpu"
+        with reporting_out_of_memory(place, f"{bundle.path}: loading the weights", way_out):
+            for path in (bundle.weights_path, packages.path / CONSTANTS):
+                with safe_open(path, framework="pt", device=str(place)) as file:
+                    constants |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        manifest = bundle.manifest
+        info = RuntimeInfo(
+            name=NAME,
+            device=device,
+            dtype=manifest.dtype,
+            config=manifest.config,
+            logits=manifest.logits,
+            weights_id=weights_id(bundle),
+        )
+        return cls(info, Package(packages, "prefill", constants), Package(packages, "decode", constants), place)
+
+    @property
+    def info(self) -> RuntimeInfo:
+        """What is loaded."""
+        return self._info
+
+    def initial_state(self, batch: int) -> State:
+        """Return the all-zero state of `batch` sequences."""
+        check_batch(batch)
+        with reporting_out_of_memory(self._device, f"a state of {batch} sequences", "take fewer at once"):
+            return GraphState(self, _Facts(self._info.config, self._device).initial_state(batch))
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, lengths: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
+        """Feed input_ids [B, T]; see `Runtime.prefill`. Raises DeviceMemoryError where T is too large for the GPU."""
+        check_prefill(self._info.config.vocab_size, input_ids, lengths, positions)
+        B, T = input_ids.shape
+        handle = check_handle(self, state, B)
+        inputs = [tensor.to(self._device).contiguous() for tensor in (input_ids, lengths, positions)]
+        with reporting_out_of_memory(
+            self._device, f"prefill of {B} x {T} tokens", "feed the prompt in smaller pieces (--prefill-chunk)"
+        ):
+            logits, *present = self._prefill.run([*inputs, *handle.tensors])
+        return logits, GraphState(self, present)
+
+    @torch.inference_mode()
+    def decode(self, input_ids: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
+        """Feed input_ids [B, 1] and consume `state`; see `Runtime.decode`. Raises DeviceMemoryError as prefill does."""
+        check_decode(self._info.config.vocab_size, input_ids, positions)
+        handle = cast(GraphState, check_handle(self, state, input_ids.shape[0]))
+        if self._graphs is not None:
+            return self._graphs.decode(input_ids, positions, handle)
+        logits, *present = self._decode.run([input_ids.contiguous(), positions.contiguous(), *handle.tensors])
+        handle.consumed = True
+        return logits, GraphState(self, present)
+
+    def host_state(self, state: State) -> list[Tensor]:
+        """Copy a state to the host: one [B, H, K, V] float32 per layer."""
+        return [tensor.to("cpu", copy=True) for tensor in check_handle(self, state, None).tensors]
+
+    def device_state(self, tensors: list[Tensor]) -> State:
+        """Copy host tensors into a new state."""
+        check_state_tensors(self._info.config, tensors, torch.float32)
+        with reporting_out_of_memory(self._device, "a state", "let go of states that are not needed any more"):
+            return GraphState(self, [tensor.detach().contiguous().to(self._device, copy=True) for tensor in tensors])
+
+    def _step_in_place(self, input_ids: Tensor, positions: Tensor, state: list[Tensor]) -> Tensor:
+        (logits,) = self._decode.run([input_ids, positions, *state])
+        return logits
+
+
+class Package:
+    """One compiled program over weights that others may use too; they are kept alive here."""
+
+    def __init__(self, packages: EngineSet, program: str, constants: Mapping[str, Tensor]) -> None:
+        """Load a package.
+
+        Args:
+            packages: The pair that it is of.
+            program: "prefill" or "decode".
+            constants: Weights and decay rates by their names in the bundle, on the device.
+
+        Raises:
+            EngineMismatchError: PyTorch refuses it, or it needs a weight that there is not.
+        """
+        self._path = packages.path / f"{program}{PACKAGE_SUFFIX}"
+        with self._naming_the_package("refuses it", EngineMismatchError, "; build again with `tnllm build`"):
+            model = _load(str(self._path))
+            names = {name: _bundle_name(name, constants) for name in model.get_constant_fqns()}
+            self._constants = {name: constants[stored] for name, stored in names.items()}
+            model.load_constants(self._constants, check_full_update=True, user_managed=True)
+            self._loader = model.loader  # what it adds, call after call, is the parsing of argument trees
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Run on contiguous tensors of the package's device, in the program's order. Raises RuntimeTargetError."""
+        try:
+            outputs: list[Tensor] = self._loader.run(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeTargetError(f"{self._path}: failed: {_first_line(error)}") from error
+        return outputs
+
+    @contextlib.contextmanager
+    def _naming_the_package(self, what: str, kind: type[Exception], way_out: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, KeyError, OSError) as error:
+            raise kind(f"{self._path}: torch {torch.__version__} {what} ({_first_line(error)}){way_out}") from error
+
+
+class _Facts:
+    """What the graphs of decode have to know of a model."""
+
+    state_dtype = torch.float32
+
+    def __init__(self, config: TransnormerConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+
+    def initial_state(self, batch: int) -> list[Tensor]:
+        """Return the all-zero state of each layer, [B, H, K, V]."""
+        shapes = (self.config.state_shape(layer, batch) for layer in range(self.config.decoder_layers))
+        return [torch.zeros(shape, device=self.device) for shape in shapes]
+
+
+def choose_packages(bundle: Bundle, device: str) -> EngineSet:
+    """Return the packages of a bundle for "cpu" or "cuda" that were built last.
+
+    Raises:
+        EngineMissingError: There are none, or none for the model that the bundle has.
+    """
+    build = f"build some with `tnllm build {bundle.path} --target {NAME} --device {device}`"
+    found = [item for item in engines_of(bundle.path) if item.spec.target == NAME and _kind(item) == device]
+    if not found:
+        raise EngineMissingError(f"{bundle.path}: no {NAME} packages for {device}; {build}")
+    current = [item for item in found if is_current(item, bundle.manifest)]
+    if not current:
+        raise EngineMissingError(f"{bundle.path}: its {NAME} packages were built from another model; {build}")
+    return max(current, key=lambda item: (item.path.stat().st_mtime_ns, item.spec.key))
+
+
+def check_fits(packages: EngineSet, version: str, device: str) -> None:
+    """Check version and device before native code does, which would crash or speak of symbols.
+
+    Args:
+        packages: What shall run.
+        version: Of PyTorch.
+        device: What is here: "cpu (AVX2)" or "NVIDIA H200 (9.0)". Of a GPU, only the architecture has to be the same.
+
+    Raises:
+        EngineMismatchError: The packages are for another one.
+    """
+    spec = packages.spec
+    way_out = f"build again with `tnllm build --target {NAME} --device {_kind(packages)}`"
+    if spec.version != version:
+        raise EngineMismatchError(
+            f"{packages.path}: built with torch {spec.version}; {version} is installed: {way_out}"
+        )
+    if _architecture(spec.device) != _architecture(device):
+        raise EngineMismatchError(f"{packages.path}: built for {spec.device}; this is {device}: {way_out}")
+
+
+def _kind(packages: EngineSet) -> str:
+    return "cpu" if packages.spec.device.startswith("cpu (") else "cuda"
+
+
+def _architecture(device: str) -> str:
+    return device.rpartition("(")[2]
+
+
+def _place(device: str) -> tuple[torch.device, str]:
+    """Return where to run, and its name as packages record it."""
+    if device == "cpu":
+        return torch.device("cpu"), host_device()
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else ", and this PyTorch is built without CUDA"
+        raise UnsupportedTargetError(
+            f"{NAME} on cuda needs an NVIDIA GPU, and PyTorch finds no CUDA device{built}; run where there is one, or "
+            "with --device cpu"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return torch.device("cuda", torch.cuda.current_device()), f"{torch.cuda.get_device_name()} ({major}.{minor})"
+
+
+def _load(path: str) -> Any:
+    """Load a package, to be run without locks between threads: those could not be captured."""
+    from torch._inductor import aoti_load_package
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Inductor's own deprecations
+        return aoti_load_package(path, run_single_threaded=True)
+
+
+def _bundle_name(name: str, constants: Mapping[str, Tensor]) -> str:
+    """The bundle's name of a package's constant; the head is the embedding where the bundle has no head."""
+    stored = name.removeprefix(MODEL)
+    return "model.embed_tokens.weight" if stored == "lm_head.weight" and stored not in constants else stored
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
