@@ -1,8 +1,9 @@
 """Graphs as they are written: what comes back from where they were made, which may be another process."""
-# ruff: noqa: PLC0415 - ONNX is imported while the weights are being written
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import onnx
 
 from tnllm_export.bundle import BundleWriter, GraphRecord
 from tnllm_export.errors import ExportError
@@ -24,8 +25,6 @@ def write_graph(writer: BundleWriter, name: str, graph: FinishedGraph) -> None:
         ExportError: It is not valid ONNX.
         WriteError: Disk full, or no permission.
     """
-    import onnx
-
     writer.write_bytes(graph.record.file, graph.proto)
     try:
         onnx.checker.check_model(str(writer.folder / graph.record.file))

@@ -1,5 +1,5 @@
 """Exporting a checkpoint: trace, build graphs, stream the weights meanwhile, commit the bundle."""
-# ruff: noqa: PLC0415 - what makes graphs is imported while the weights are being written, and by who makes them
+# ruff: noqa: PLC0415 - what makes graphs is imported where they are made, beside the weights
 
 import contextlib
 import gc
