@@ -224,11 +224,14 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, call: Callable[[], Tensor]) -> Captured:
         """Run the call twice, which compiles kernels and opens libraries, and capture it. Raises RuntimeTargetError."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        pool = self._pool or torch.cuda.graph_pool_handle()
+        # One for all captures: libraries keep a workspace for each stream.
+        self._stream = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             call()
@@ -237,7 +240,7 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may allocate meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 logits = call()
         except torch.OutOfMemoryError:
             raise
@@ -249,6 +252,7 @@ class CudaCapture:
                 f"the decode step could not be captured as a CUDA graph ({reason}); decode with TNLLM_KERNELS=pytorch, "
                 "or on the CPU"
             ) from error
+        self._pool = pool  # one of a failed capture could not be shared
         return Captured(graph.replay, logits)
 
 
