@@ -4,7 +4,7 @@ Triton's own pipelining starts a chunk's loads when the chunk before it is done,
 Here, in Gluon, Triton's lower level, copies and matrix products run behind the arithmetic:
 
     scores = K Qᵀ           while the state is taken in two parts
-    O = S Qᵀ                while the scores decay
+    O = S Qᵀ                while the scores are scaled
     O += Vᵀ scores          while the values decay
     S = decay S + Vᵀ K      while O is written
 
@@ -31,6 +31,7 @@ C = gl.constexpr(64)  # tokens per chunk
 BV = gl.constexpr(64)  # columns of the state
 LOG2_E = gl.constexpr(1.4426950408889634)
 SLOW_RATE = gl.constexpr(0.6931471805599453)
+FACTORED_RATE = gl.constexpr(1.0)  # up to it, a chunk's decay and its inverse are far from the ends of float32
 NEGLIGIBLE = gl.constexpr(60.0)  # exp(-60) is 1e-26: what has decayed so far is not looked at
 STATE_STAGES = gl.constexpr(4)
 STAGES = gl.constexpr(2)
@@ -83,8 +84,6 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
     value_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], gl.bfloat16)
     state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
-    state_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
-    value_operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
 
     heads = gl.num_programs(0)
     if HANDOVER == "chain":
@@ -111,7 +110,6 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
     rows = gl.allocate_shared_memory(gl.bfloat16, [4, C, K], row_tile)
     columns = gl.allocate_shared_memory(gl.bfloat16, [4, C, BV], value_tile)
     score_high = columns.index(2)
-    score_low = columns.index(3)
     barriers = gl.allocate_shared_memory(gl.int64, [STATE_STAGES + STAGES, 1], mbarrier.MBarrierLayout())
     for i_barrier in gl.static_range(STATE_STAGES + STAGES):
         mbarrier.init(barriers.index(i_barrier), count=1)
@@ -151,7 +149,8 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
         if HANDOVER == "none":
             _load(query, key, value, rows, columns, barriers, first, 0, end, column, n_chunks, REVERSE)
             _load(query, key, value, rows, columns, barriers, first + 1, 1, end, column, n_chunks, REVERSE)
-            state = gl.load(p_past)
+            # Else the compiler takes the loop's first state for a product that is under way, and waits in each chunk.
+            state = warpgroup_mma_wait(0, deps=(gl.load(p_past),))
         elif HANDOVER == "recompute":
             state = _walk(
                 gl.load(p_past),
@@ -216,76 +215,17 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
                 gl.atomic_add(p_passed_on, 1, sem="release")
             state = before
 
-        key_row = gl.arange(0, C, layout=gl.SliceLayout(1, chunk_layout)).to(gl.float32)
-        query_row = gl.arange(0, C, layout=gl.SliceLayout(0, chunk_layout)).to(gl.float32)
-        value_row = gl.arange(0, C, layout=gl.SliceLayout(0, value_operand)).to(gl.float32)
-        debt = slope * 0.0
-        for i in range(first, end):
-            n = i - first
-            stage = n % STAGES
-            t0 = _chunk_start(i, n_chunks, REVERSE)
-            count = gl.minimum(length - t0, C)
-            # Computed anew for each chunk (count is always positive): registers are scarcer than exponentials.
-            rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
-            k = rows.index(stage)
-            q = rows.index(STAGES + stage).permute((1, 0))
-            v = columns.index(stage).permute((1, 0))
-            mbarrier.wait(barriers.index(STATE_STAGES + stage), (n // STAGES) & 1)
-
-            empty = gl.zeros([C, C], gl.float32, chunk_layout)
-            scores = warpgroup_mma(k, q, empty, use_acc=False, is_async=True)
-            high, low = _parts(state, state_operand)
-            o = warpgroup_mma(high, q, gl.zeros([BV, C], gl.float32, chunk_layout), use_acc=False, is_async=True)
-            o = warpgroup_mma(low, q, o, is_async=True)
-
-            # [C, C]: rows are keys, columns queries.
-            key_exponent = rate * key_row
-            query_exponent = rate * query_row
-            if REVERSE:
-                intra = gl.where(
-                    key_row[:, None] >= query_row[None, :],
-                    gl.exp2(key_exponent[:, None] - query_exponent[None, :]),
-                    0.0,
-                )
-                inter = gl.exp2(gl.minimum(rate * (count - 1) - query_exponent, 0.0))[None, :]
-            else:
-                intra = gl.where(
-                    query_row[None, :] >= key_row[:, None],
-                    gl.exp2(query_exponent[None, :] - key_exponent[:, None]),
-                    0.0,
-                )
-                inter = gl.exp2(query_exponent + rate)[None, :]
-            scores = warpgroup_mma_wait(2, deps=(scores,)) * intra
-            scores_high, scores_low = _split(scores)
-            # The output that the buffer held has left it.
-            tma.store_wait(0)
-            _barrier()
-            score_high.store(scores_high)
-            score_low.store(scores_low)
-            fence_async_shared()
-            _barrier()
-
-            o, high, low = warpgroup_mma_wait(0, deps=(o, high, low))
-            o = o * inter
-            o = warpgroup_mma(v, score_high, o, is_async=True)
-            o = warpgroup_mma(v, score_low, o, is_async=True)
-
-            state, v_high, v_low, debt = _advance(
-                state, debt, k, v, slope, rate, count, value_row, value_operand, REVERSE
-            )
-
-            o = warpgroup_mma_wait(2, deps=(o,)).to(gl.bfloat16)
-            # Every warp is done with the scores.
-            _barrier()
-            # A query beyond the last valid token is 0, and so is its output.
-            score_high.permute((1, 0)).store(o)
-            fence_async_shared()
-            _barrier()
-            tma.async_copy_shared_to_global(output, [t0, column], score_high)
-            state, v_high, v_low = warpgroup_mma_wait(0, deps=(state, v_high, v_low))
-            # Every warp is done with the buffers.
-            _barrier()
-            _load(query, key, value, rows, columns, barriers, i + STAGES, stage, end, column, n_chunks, REVERSE)
+        # A head that forgets within few tokens would overflow what the others count backwards.
+        if slope <= FACTORED_RATE:
+            state = _answer(
+                state, query, key, value, output, rows, columns, barriers, slope, first, end, column, n_chunks, length,
+                state_layout, chunk_layout, REVERSE, True,
+            )  # fmt: skip
+        else:
+            state = _answer(
+                state, query, key, value, output, rows, columns, barriers, slope, first, end, column, n_chunks, length,
+                state_layout, chunk_layout, REVERSE, False,
+            )  # fmt: skip
         tma.store_wait(0)
 
         if STORE_STATE:  # noqa: SIM102
@@ -293,6 +233,111 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
                 p_present_state += i_b.to(gl.int64) * present_stride_b + i_h.to(gl.int64) * present_stride_h
                 p_present = p_present_state + k_index[None, :] * present_stride_k
                 gl.store(p_present + v_index[:, None] * present_stride_v, state)
+
+
+@gluon.jit
+def _answer(  # noqa: PLR0915
+    state,
+    query,
+    key,
+    value,
+    output,
+    rows,
+    columns,
+    barriers,
+    slope,
+    first,
+    end,
+    column,
+    n_chunks,
+    length,
+    state_layout: gl.constexpr,
+    chunk_layout: gl.constexpr,
+    REVERSE: gl.constexpr,
+    FACTORED: gl.constexpr,
+):
+    """Write the output of chunks `first` to `end`, whose first buffers are being filled; return the state after them.
+
+    Within a chunk, o_i = d_i (S q_i + Σ_j s_ij v_j / d_j), d_i being the decay from the chunk's start to token i: with
+    FACTORED scores are divided by d_j, all products add up in one accumulator, and d_i comes last. Else each score is
+    multiplied by its own d_i / d_j, which never overflows.
+    """
+    state_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
+    value_operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
+    score_high = columns.index(2)
+    score_low = columns.index(3)
+    key_row = gl.arange(0, C, layout=gl.SliceLayout(1, chunk_layout)).to(gl.float32)
+    query_row = gl.arange(0, C, layout=gl.SliceLayout(0, chunk_layout)).to(gl.float32)
+    value_row = gl.arange(0, C, layout=gl.SliceLayout(0, value_operand)).to(gl.float32)
+    debt = slope * 0.0
+    for i in range(first, end):
+        n = i - first
+        stage = n % STAGES
+        t0 = _chunk_start(i, n_chunks, REVERSE)
+        count = gl.minimum(length - t0, C)
+        # Computed anew for each chunk (count is always positive): registers are scarcer than exponentials.
+        rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
+        k = rows.index(stage)
+        q = rows.index(STAGES + stage).permute((1, 0))
+        v = columns.index(stage).permute((1, 0))
+        mbarrier.wait(barriers.index(STATE_STAGES + stage), (n // STAGES) & 1)
+
+        empty = gl.zeros([C, C], gl.float32, chunk_layout)
+        scores = warpgroup_mma(k, q, empty, use_acc=False, is_async=True)
+        high, low = _parts(state, state_operand)
+        o = warpgroup_mma(high, q, gl.zeros([BV, C], gl.float32, chunk_layout), use_acc=False, is_async=True)
+        o = warpgroup_mma(low, q, o, is_async=True)
+
+        # [C, C]: rows are keys, columns queries. Exponents of d.
+        if REVERSE:
+            seen = key_row[:, None] >= query_row[None, :]
+            key_exponent = rate * (count - 1 - key_row)
+            query_exponent = rate * (count - 1 - query_row)
+        else:
+            seen = query_row[None, :] >= key_row[:, None]
+            key_exponent = rate * (key_row + 1)
+            query_exponent = rate * (query_row + 1)
+        scores = warpgroup_mma_wait(2, deps=(scores,))
+        if FACTORED:
+            scores = gl.where(seen, scores * gl.exp2(-key_exponent)[:, None], 0.0)
+        else:
+            scores = scores * gl.where(seen, gl.exp2(query_exponent[None, :] - key_exponent[:, None]), 0.0)
+        scores_high, scores_low = _split(scores)
+        # The output that the buffer held has left it.
+        tma.store_wait(0)
+        _barrier()
+        score_high.store(scores_high)
+        score_low.store(scores_low)
+        fence_async_shared()
+        _barrier()
+
+        if FACTORED:
+            o = warpgroup_mma(v, score_high, o, is_async=True)
+            o = warpgroup_mma(v, score_low, o, is_async=True)
+            o, high, low = warpgroup_mma_wait(2, deps=(o, high, low))
+        else:
+            o, high, low = warpgroup_mma_wait(0, deps=(o, high, low))
+            o = o * gl.exp2(gl.minimum(query_exponent, 0.0))[None, :]
+            o = warpgroup_mma(v, score_high, o, is_async=True)
+            o = warpgroup_mma(v, score_low, o, is_async=True)
+
+        state, v_high, v_low, debt = _advance(state, debt, k, v, slope, rate, count, value_row, value_operand, REVERSE)
+
+        o = warpgroup_mma_wait(2, deps=(o,))
+        if FACTORED:
+            o = o * gl.exp2(query_exponent)[None, :]
+        # Every warp is done with the scores.
+        _barrier()
+        # A query beyond the last valid token is 0, and so is its output.
+        score_high.permute((1, 0)).store(o.to(gl.bfloat16))
+        fence_async_shared()
+        _barrier()
+        tma.async_copy_shared_to_global(output, [t0, column], score_high)
+        state, v_high, v_low = warpgroup_mma_wait(0, deps=(state, v_high, v_low))
+        # Every warp is done with the buffers.
+        _barrier()
+        _load(query, key, value, rows, columns, barriers, i + STAGES, stage, end, column, n_chunks, REVERSE)
+    return state
 
 
 @gluon.jit
