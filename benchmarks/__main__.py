@@ -21,6 +21,7 @@ REGISTRY = {
     "decode": "cuda",
     "training": "cuda",
     "layer kernels": "cuda",
+    "decode layer": "cuda",
     "inference": "cuda",
     "plugin": "cuda",
 }

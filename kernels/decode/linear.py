@@ -122,7 +122,7 @@ def linear(
         return
     if before != "plain":
         normed = scratch.normed[: B * K].view(B, K)
-        normalise(x, normed, other=other, overlap=overlap)
+        normalise(x, normed, other=other if before == "gate" else None, overlap=overlap)
         x = normed
     launch(
         matmul_kernel,
