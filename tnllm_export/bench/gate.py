@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from tnllm_export.bench.records import Parity
 from tnllm_export.bundle import DTYPES, Bundle
-from tnllm_export.errors import ParityError
+from tnllm_export.errors import DeviceMemoryError, ParityError
 from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.modeling import parameter_dtype
 from tnllm_export.progress import Progress
@@ -53,7 +53,7 @@ def compute_truth(bundle: Bundle, device: torch.device, progress: Progress) -> T
     """Run the eager model without Triton kernels or CUDA graphs; on the CPU where the GPU's memory does not suffice."""
     try:
         return _truth(bundle, device, progress)
-    except torch.OutOfMemoryError:
+    except (DeviceMemoryError, torch.OutOfMemoryError):
         return _truth(bundle, torch.device("cpu"), progress)
 
 

@@ -188,7 +188,8 @@ class Program:
             "arena_extend_strategy": "kSameAsRequested",
         }
         try:
-            session = ort.InferenceSession(path, options, providers=[(PROVIDER, provider)])
+            # Without falling back to the CPU, which would hide why CUDA did not do.
+            session = ort.InferenceSession(path, options, providers=[(PROVIDER, provider)], enable_fallback=0)
         except Exception as error:
             raise _failure(
                 error,
@@ -228,6 +229,8 @@ class Program:
             self._session.run_with_iobinding(binding, options)
         except Exception as error:
             raise _failure(error, f"{work}: onnxruntime failed", way_out, RuntimeTargetError) from error
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 class DecodeSlots:

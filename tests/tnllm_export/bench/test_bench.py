@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from tnllm_export.bench import BenchOptions, bench_bundle
+from tnllm_export.bench import BenchOptions, bench_bundle, ceilings
 from tnllm_export.bench.ceilings import measure_ceilings
 from tnllm_export.bench.gate import check_parity, compute_truth
 from tnllm_export.bench.measure import Bench
@@ -206,6 +206,15 @@ def test_ceilings_are_what_the_device_does():
     found = measure_ceilings(CPU, "float32")
     assert 1e8 < found.bandwidth < 1e13
     assert 1e8 < found.matmul < 1e14
+    assert found.dtype == "float32"
+
+
+def test_on_a_cpu_the_quicker_of_two_dtypes_is_the_ceiling(monkeypatch):
+    monkeypatch.setattr(ceilings, "_product_seconds", lambda width, dtype, device: dtype.itemsize)
+    assert measure_ceilings(CPU, "float16").dtype == "float16"
+    monkeypatch.setattr(ceilings, "_product_seconds", lambda width, dtype, device: 1 / dtype.itemsize)
+    found = measure_ceilings(CPU, "float16")
+    assert (found.dtype, found.matmul) == ("float32", 4 * 2 * 1024**3)
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tnllm_export import api
 from tnllm_export.bundle import Bundle
@@ -176,7 +177,8 @@ class FakeOrt:
         self.outcome = outcome
         self.providers: list[Any] = []
 
-    def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> Any:  # noqa: N802
+    def InferenceSession(self, path: str, options: Any, providers: list[Any], enable_fallback: int) -> Any:  # noqa: N802
+        assert enable_fallback == 0
         self.providers = providers
         if isinstance(self.outcome, Exception):
             raise self.outcome
@@ -236,19 +238,18 @@ def test_on_a_gpu_weights_are_there_once(gpu_bundle: Bundle) -> None:
     """Sessions that copied them would not notice that ours have changed."""
     from tnllm_export.runtime import onnxruntime_cuda
 
-    kept: dict[str, Any] = {}
-    read = onnxruntime_cuda.read_weights
+    kept: dict[str, torch.Tensor] = {}
 
-    def remember(*arguments: Any) -> dict[str, Any]:
-        kept.update(read(*arguments))
-        return kept
+    def read(ort: Any, bundle: Bundle, device: torch.device) -> dict[str, Any]:
+        kept.update(load_file(bundle.weights_path, device=str(device)))
+        return {name: ort.OrtValue.from_dlpack(tensor) for name, tensor in kept.items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime_cuda, "read_weights", remember)
+        patch.setattr(onnxruntime_cuda, "read_weights", read)
         runtime = load_runtime(gpu_bundle, "onnxruntime", device="cuda")
     logits, _ = steps(runtime, runtime.initial_state(1), [3])
     assert logits.abs().max() > 0
-    torch.utils.dlpack.from_dlpack(kept["model.embed_tokens.weight"]).zero_()
+    kept["model.embed_tokens.weight"].zero_()
     torch.cuda.synchronize()
     logits, _ = steps(runtime, runtime.initial_state(1), [3])
     assert logits.abs().max() == 0
