@@ -131,8 +131,8 @@ def _prefetch(p_tile, row_mask, first, K: tl.constexpr, BN: tl.constexpr, BK: tl
     i_line = tl.arange(0, LINES) * WIDTH
     for stage in tl.static_range(STAGES):
         column = stage * BK + i_line
-        # Past the end, the first line once more.
-        column = tl.where(first + column < K, column, 0)
+        # Past the end, the start of the row.
+        column = tl.where(first + column < K, column, -first)
         row = tl.where(row_mask, tl.arange(0, BN), 0)
         addresses = p_tile + row[:, None] * K + column[None, :]
         tl.inline_asm_elementwise(
