@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import names, performance
+from benchmarks import names, performance, report
 from benchmarks.attention_cases import Shape
 from benchmarks.plugin import CASES, Case, measure, triton_form
 
@@ -49,3 +49,9 @@ def test_the_table_shows_the_ratio(device):
     *_, line = performance.plugin_table(records).splitlines()
     assert line.startswith("| 2, 1, 1, K 32 | float32 | ")
     assert f"| {records[0].value / records[0].peer_value:.3f} |" in line
+
+
+def test_the_page_has_a_place_for_every_table():
+    page = (report.ROOT / "docs" / "tensorrt.md").read_text()
+    places = {line[11:-4] for line in page.splitlines() if line.startswith("<!-- begin ")}
+    assert places == set(performance.PLUGIN_TABLES)
