@@ -49,14 +49,6 @@ SIZES = (
 )
 
 
-PARITY = Size(
-    "1B",
-    SIZES[1].config.model_copy(update={"decoder_layers": 4, "linear_use_lrpe_list": (True, False, False, False)}),
-    SIZES[1].llama,
-)
-"""Four layers of the 1B shape."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """What is measured, on what, and how long.
@@ -78,7 +70,7 @@ class Plan:
     """
 
     sizes: tuple[Size, ...] = SIZES
-    parity: Size = PARITY
+    parity: Size = SIZES[1]
     parity_tokens: tuple[int, int] = (512, 32)
     batches: tuple[int, ...] = (1, 32)
     contexts: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
