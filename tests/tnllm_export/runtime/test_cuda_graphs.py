@@ -1,19 +1,20 @@
 """Decode by captured steps: whose state lives where, what it costs, and what is left when something fails."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.tnllm_export.runtime.fake_graphs import captured_on_the_cpu
-from tnllm_export.errors import DeviceMemoryError, PromptError, StateError
+from tnllm_export.errors import DeviceMemoryError, PromptError, RuntimeTargetError, StateError
 from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.fused_decode import FusedDecoder
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime import State, TorchRuntime
-from tnllm_export.runtime.cuda_graphs import MOST_GRAPHS, Captured, decode_step, graph_batch
+from tnllm_export.runtime.cuda_graphs import MOST_GRAPHS, Captured, CudaCapture, decode_step, graph_batch
 
 
 class Capture:
@@ -213,6 +214,63 @@ def test_memory_that_ends_at_capture_leaves_the_state_and_says_what_to_do(
     capture.error = None
     logits, _ = step(captured, state)
     assert_close(logits, step(eager, some_state(eager, 2))[0])
+
+
+class NoCuda:
+    """Enough of `torch.cuda` to capture with: what is captured last decides how that ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pools: list[object] = []
+        self.end: Exception | None = None
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+    @contextmanager
+    def graph(self, graph: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        self.pools.append(pool)
+        yield
+        if self.end is not None:
+            raise self.end
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing runs."""
+
+    def replay(self) -> None:
+        """Nothing was captured."""
+
+
+def test_a_step_that_cannot_be_captured_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = NoCuda(monkeypatch)
+    capture = CudaCapture(torch.device("cpu"))
+    cuda.end = RuntimeError("operation not permitted\nwhen stream is capturing")
+    with pytest.raises(RuntimeTargetError) as caught:
+        capture(lambda: torch.zeros(1))
+    assert "\n" not in str(caught.value)
+    assert "(operation not permitted when stream is capturing); decode with TNLLM_KERNELS=pytorch" in str(caught.value)
+    cuda.end = torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(torch.OutOfMemoryError):
+        capture(lambda: torch.zeros(1))
+    cuda.end = None
+    capture(lambda: torch.zeros(1))
+    capture(lambda: torch.zeros(1))
+    failed, short, first, second = cuda.pools
+    assert len({id(failed), id(short), id(first)}) == 3
+    assert first is second
+
+
+def test_a_capture_warms_up_before_it_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    NoCuda(monkeypatch)
+    calls: list[Tensor] = []
+
+    def call() -> Tensor:
+        calls.append(torch.zeros(1))
+        return calls[-1]
+
+    assert CudaCapture(torch.device("cpu"))(call).logits is calls[2]
 
 
 def test_memory_that_ends_when_a_state_moves_out_harms_neither(
