@@ -100,15 +100,18 @@ class ProgramTracer:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                program = torch.export.export(module, tuple(arguments), dynamic_shapes=shapes, strict=False)
-                if self._device.type == "cuda":
-                    # Triton is imported where a package holds its kernels.
-                    from tnllm_export.build.aotinductor_kernels import use_triton_ops  # noqa: PLC0415
+                program: ExportedProgram = torch.export.export(
+                    module, tuple(arguments), dynamic_shapes=shapes, strict=False
+                )
+                if self._device.type == "cpu":
+                    decomposed: ExportedProgram = program.run_decompositions(_PYTORCH_FORMS)
+                    return decomposed
+                # Triton is imported where a package holds its kernels.
+                from tnllm_export.build.aotinductor_kernels import use_triton_ops  # noqa: PLC0415
 
-                    major, minor = torch.cuda.get_device_capability(self._device)
-                    processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-                    return use_triton_ops(program, 10 * major + minor, processors)
-                return program.run_decompositions(_PYTORCH_FORMS)
+                major, minor = torch.cuda.get_device_capability(self._device)
+                processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+                return use_triton_ops(program, 10 * major + minor, processors)
         except (RuntimeError, ValueError, TypeError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise EngineBuildError(

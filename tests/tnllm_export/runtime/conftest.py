@@ -2,20 +2,27 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 
+from tests.plugins.fake import shared_folder
 from tests.tnllm_export.runtime.fake_graphs import captured_on_the_cpu
-from tnllm_export.bundle import Bundle
+from tnllm_export.build import EngineOptions, build_engines
+from tnllm_export.bundle import Bundle, open_bundle
 from tnllm_export.export import export_bundle
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime import Runtime, TorchRuntime, load_runtime
-from tnllm_export.runtime.onnxruntime_cuda import PROVIDER, OnnxRuntimeCuda, Program
+from tnllm_export.runtime.onnxruntime_cuda import OnnxRuntimeCuda
+from tnllm_export.runtime.onnxruntime_graphs import PROVIDER, Program
+
+Packaged = Callable[[str], Bundle]
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +46,26 @@ def bundle(model: TransnormerForCausalLM, tmp_path_factory: pytest.TempPathFacto
     return export_bundle(folder, tmp_path_factory.mktemp("bundle") / "tiny", dtype="float32")
 
 
+@pytest.fixture(scope="session")
+def packaged(model: TransnormerForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Packaged:
+    """Return `packaged("cpu")`: the same bundle with AOTInductor packages, compiled once for all workers."""
+    shared = shared_folder(tmp_path_factory.getbasetemp())
+
+    def build(device: str) -> Bundle:
+        folder = shared / f"packaged-{device}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                source = Path(f"{folder}.source")
+                source.mkdir()
+                write_checkpoint(model, source)
+                partial = export_bundle(source, Path(f"{folder}.partial"), dtype="float32")
+                build_engines(partial, "aotinductor", EngineOptions(device=device))
+                partial.path.rename(folder)
+        return open_bundle(folder)
+
+    return build
+
+
 @pytest.fixture(
     scope="session",
     params=[
@@ -46,8 +73,10 @@ def bundle(model: TransnormerForCausalLM, tmp_path_factory: pytest.TempPathFacto
         "torch captured",
         "onnxruntime",
         "onnxruntime slots",
+        "aotinductor",
         pytest.param("torch-cuda", marks=pytest.mark.gpu),
         pytest.param("onnxruntime-cuda", marks=pytest.mark.gpu),
+        pytest.param("aotinductor-cuda", marks=pytest.mark.gpu),
     ],
 )
 def runtime(request: pytest.FixtureRequest, model: TransnormerForCausalLM) -> Runtime:
@@ -55,6 +84,10 @@ def runtime(request: pytest.FixtureRequest, model: TransnormerForCausalLM) -> Ru
         return TorchRuntime(model, capture=captured_on_the_cpu)
     if request.param == "torch-cuda":
         return TorchRuntime(copy.deepcopy(model).to("cuda"))
+    if request.param.startswith("aotinductor"):
+        device = "cuda" if request.param == "aotinductor-cuda" else "cpu"
+        packaged: Packaged = request.getfixturevalue("packaged")
+        return load_runtime(packaged(device), "aotinductor", device=device)
     bundle: Bundle = request.getfixturevalue("bundle")
     if request.param == "onnxruntime slots":
         return OnnxRuntimeCuda(
