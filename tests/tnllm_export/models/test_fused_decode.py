@@ -175,6 +175,23 @@ def test_replays_one_after_the_other_are_the_tokens_of_direct_calls(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@torch.inference_mode()
+def test_kernels_that_overlap_compute_the_bits_of_kernels_that_wait(monkeypatch, device, batch):
+    from tnllm_export.kernels.decode import overlap
+
+    model, ids = make(LARGE, torch.bfloat16, device), draw_ids(LARGE, batch, PAST + STEPS, device)
+    states = past_of(model, ids)
+    runs = [fused(model, ids, states) for _ in range(5)]
+    monkeypatch.setattr(overlap, "can_overlap", lambda device: False)
+    logits, present = fused(model, ids, states)
+    for place, (other_logits, other_present) in enumerate(runs):
+        assert torch.equal(logits, other_logits), place
+        for layer, (one, other) in enumerate(zip(present, other_present, strict=True)):
+            assert torch.equal(one, other), (place, layer)
+
+
+@pytest.mark.gpu
 @torch.inference_mode()
 def test_second_call_allocates_nothing(device):
     model, ids = make(SMALL, torch.bfloat16, device), draw_ids(SMALL, 9, 1, device)
