@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,11 +22,13 @@ from benchmarks.inference_models import (
     InPlace,
     Step,
     loop_milliseconds,
+    prefill,
     program_step,
     random_model,
     runtime_step,
     time_limit,
 )
+from benchmarks.inference_parity import parity_records
 from benchmarks.inference_plan import (
     PEAK,
     RATE,
@@ -38,18 +41,15 @@ from benchmarks.inference_plan import (
     token_floor,
     weight_bytes,
 )
-from benchmarks.names import COMPILED, DEVICE_ONLY, HOST, INFERENCE, INFERENCE_PARITY, OURS, PYTORCH, UNCAPTURED
+from benchmarks.names import COMPILED, DEVICE_ONLY, HOST, INFERENCE, OURS, PYTORCH, UNCAPTURED
 from benchmarks.records import Record, gpu_versions
 from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.progress import Progress, silent
-from tnllm_export.runtime import State, TorchRuntime
+from tnllm_export.runtime import TorchRuntime
 from tnllm_export.runtime.cuda_graphs import decode_step
 
 NAME = "inference"
-
-PARITY_RATIO = 1.2
-"""Ours may be so much further from float32 than plain PyTorch in bfloat16 is."""
 
 HEADROOM = 2**30
 """Bytes above weights and state that decoding one sequence may take."""
@@ -66,7 +66,7 @@ def run(progress: Progress = silent, plan: Plan | None = None) -> Iterator[Recor
     times: Times = {}
     with torch.no_grad(), use_kernels(plan.kernels):
         progress("inference, parity", 0, 1)
-        yield from parity_records(plan)
+        plan = replace(plan, batches=(yield from parity_records(plan)))
         for place, size in enumerate(plan.sizes):
             progress(f"inference, {size.name}", place, len(plan.sizes), "sizes")
             model = random_model(size.config, plan.dtype, plan.device)
@@ -88,34 +88,6 @@ def run(progress: Progress = silent, plan: Plan | None = None) -> Iterator[Recor
             release(plan.device)
 
 
-def parity_records(plan: Plan) -> Iterator[Record]:
-    """Distance of bfloat16 logits from float32 ones of the same weights, ours beside plain PyTorch's.
-
-    Raises:
-        ArithmeticError: Ours is further off than PARITY_RATIO allows: nothing is timed then.
-    """
-    prompt, decoded = plan.parity_tokens
-    config = plan.parity.config
-    half = random_model(config, plan.dtype, plan.device)
-    exact = random_model(config, plan.dtype, plan.device).cast_weights(torch.float32)
-    for batch in plan.batches:
-        ids = torch.randint(
-            config.vocab_size, (batch, prompt + decoded), generator=torch.Generator().manual_seed(batch)
-        )
-        with use_kernels("pytorch"):
-            truth, plain = (_answers(TorchRuntime(model, capture=None), ids, prompt) for model in (exact, half))
-        ours = _answers(TorchRuntime(half, capture=plan.captures()), ids, prompt)
-        parts = {f"last of {prompt} tokens": slice(1), f"{decoded} decoded tokens": slice(1, None)}
-        for what, part in parts.items():
-            errors = [_distance(answers[:, part], truth[:, part]) for answers in (ours, plain)]
-            limit = PARITY_RATIO * errors[1]
-            case = f"{plan.parity.name} shape, {config.decoder_layers} layers, B {batch} | {what}"
-            yield Record(INFERENCE_PARITY, case, "distance of logits from float32", "1", errors[0], limit, PYTORCH,
-                         errors[1], gpu_versions())  # fmt: skip
-            if not errors[0] <= limit:
-                raise ArithmeticError(f"{case}: the distance from float32 is {errors[0]}; expected at most {limit}")
-
-
 def memory_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Iterator[Record]:
     """Peak memory of reading two pieces of (at most) 512 tokens and decoding 16, and of a prefill of a whole piece."""
     weights, state = weight_bytes(model), state_bytes(size.config, 1)
@@ -126,15 +98,15 @@ def memory_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Ite
         runtime = TorchRuntime(model, capture=plan.captures())
         found = runtime.initial_state(1)
         for start in (0, short):
-            _, found = _prefill(runtime, ids[:, start : start + short], found, start)
+            _, found = prefill(runtime, ids[:, start : start + short], found, start)
         loop_milliseconds(runtime_step(runtime, found), 1, 2 * short, budget_s=0, warm_up=11)
 
-    def prefill() -> None:
+    def prefill_piece() -> None:
         runtime = TorchRuntime(model, capture=plan.captures())
-        _prefill(runtime, ids, runtime.initial_state(1))
+        prefill(runtime, ids, runtime.initial_state(1))
 
     works: tuple[tuple[str, Callable[[], None], float | None], ...] = (
-        ("decode, B 1", generate, weights + state + HEADROOM), (f"prefill of {plan.piece} tokens", prefill, None),
+        ("decode, B 1", generate, weights + state + HEADROOM), (f"prefill of {plan.piece} tokens", prefill_piece, None),
     )  # fmt: skip
     for what, work, limit in works:
         peaks = _peaks(work, plan.device)
@@ -178,9 +150,9 @@ def prefill_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> It
     runtime = TorchRuntime(model, capture=plan.captures())
     zero = runtime.initial_state(1)
     piece = ids[:, : plan.piece]
-    found = milliseconds([lambda: _prefill(runtime, piece, zero)], plan.device, least=3)
+    found = milliseconds([lambda: prefill(runtime, piece, zero)], plan.device, least=3)
     with use_kernels("pytorch"):
-        plain = milliseconds([lambda: _prefill(runtime, piece, zero)], plan.device, least=1, most=2)
+        plain = milliseconds([lambda: prefill(runtime, piece, zero)], plan.device, least=1, most=2)
     ceiling, case = ceilings(plan.device).matmul, f"{size.name} | prefill of {plan.piece} tokens"
     yield Record(INFERENCE, case, "time", "ms", found, 1e3 * flops / ceiling, PYTORCH, plain, gpu_versions())
     rates = [flops / time_ms / 1e9 for time_ms in (found, plain)]
@@ -197,7 +169,7 @@ def first_token_milliseconds(runtime: TorchRuntime, ids: Tensor, repeats: int = 
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        logits, _ = _prefill(runtime, ids, runtime.initial_state(len(ids)))
+        logits, _ = prefill(runtime, ids, runtime.initial_state(len(ids)))
         logits.argmax(-1).cpu()
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times[1:])
@@ -256,25 +228,6 @@ def _check_time(work: str, deadline: float) -> float:
 
 def _ids(size: Size, batch: int, tokens: int) -> Tensor:
     return torch.randint(size.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
-
-
-def _prefill(runtime: TorchRuntime, ids: Tensor, state: State, position: int = 0) -> tuple[Tensor, State]:
-    B, T = ids.shape
-    return runtime.prefill(ids, torch.full((B,), T, dtype=torch.int32), torch.full((B,), position), state)
-
-
-def _answers(runtime: TorchRuntime, ids: Tensor, prompt: int) -> Tensor:
-    """Logits [B, 1 + decoded, vocab] after the prompt and after each further token."""
-    logits, state = _prefill(runtime, ids[:, :prompt], runtime.initial_state(len(ids)))
-    found = [logits.cpu()]
-    for position in range(prompt, ids.shape[1]):
-        logits, state = runtime.decode(ids[:, position : position + 1], torch.full((len(ids),), position), state)
-        found.append(logits.cpu())
-    return torch.stack(found, 1)
-
-
-def _distance(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def _peaks(work: Callable[[], None], device: str) -> dict[str, float]:

@@ -69,6 +69,12 @@ class InPlace(nn.Module):
         return logits
 
 
+def prefill(runtime: TorchRuntime, ids: Tensor, state: State, position: int = 0) -> tuple[Tensor, State]:
+    """Feed ids [B, T], all valid, behind `position` tokens."""
+    B, T = ids.shape
+    return runtime.prefill(ids, torch.full((B,), T, dtype=torch.int32), torch.full((B,), position), state)
+
+
 def runtime_step(runtime: TorchRuntime, state: State) -> Step:
     """Decode by a runtime from `state` on."""
 

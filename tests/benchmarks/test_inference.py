@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import inference, inference_models, inference_plan, names
+from benchmarks import inference, inference_models, inference_parity, inference_plan, names
 from benchmarks.inference_plan import SIZES, Plan, Size
 from benchmarks.llama import LlamaSize, rotate
 from benchmarks.llama_decode import LlamaDecoder, attention_forms, before_attention, rope
@@ -66,9 +66,26 @@ def test_nothing_is_timed_where_parity_fails(monkeypatch):
         lambda *arguments: wrong(*arguments).flip(-1),
     )
     found = []
-    with pytest.raises(ArithmeticError, match="distance from float32"):
+    with pytest.raises(ArithmeticError, match="distances from float32"):
         found.extend(inference.run(plan=TINY))
     assert not [record for record in found if record.name == names.INFERENCE]
+
+
+def test_a_batch_that_is_wrong_is_not_timed(monkeypatch):
+    right = inference_parity.distances
+
+    def distances(exact, half, batch, plan):
+        return right(exact, half, batch, plan) if batch == 1 else iter([("last of 9 tokens", (0.5, 0.1))])
+
+    monkeypatch.setattr(inference_parity, "distances", distances)
+    found = list(inference.run(plan=replace(TINY, limit_s=-1)))
+    assert next(r for r in found if r.case.startswith("tiny shape, 2 layers, B 3")).value == 0.5
+    parity = inference_parity.parity_records(TINY)
+    for _ in range(3):
+        next(parity)
+    with pytest.raises(StopIteration) as stopped:
+        next(parity)
+    assert stopped.value.value == (1,)
 
 
 def test_without_time_the_parts_are_left_out():
