@@ -9,6 +9,7 @@ of a copy; that of a prefill its FLOP (`prefill_flops`) at the measured rate of 
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -78,6 +79,7 @@ def run(progress: Progress = silent, plan: Plan | None = None) -> Iterator[Recor
                             times[record.case] = record.value, record.floor
                         yield record
                 except Exception as error:
+                    traceback.print_exc()
                     yield _absent(f"{size.name} | {part.__name__}", OURS, describe(error))
                 release(plan.device)
             del model
