@@ -126,9 +126,14 @@ class _Run:
     options: BenchOptions
     progress: Progress
 
+    def _lowering(self, name: str) -> str | None:
+        """Of the graphs that a runtime runs; None for one that runs none."""
+        targets = (target for target in TARGETS if (target.runtime, target.device) == (name, self.device.type))
+        return self.bundle.manifest.lowering if any(target.lowerings for target in targets) else None
+
     def measure(self, name: str, seconds: float) -> RuntimeResult:
         """Load a runtime, check it and time it; what goes wrong is in the result."""
-        result = RuntimeResult(name, _version(name), None if name == "torch" else self.bundle.manifest.lowering)
+        result = RuntimeResult(name, _version(name), self._lowering(name))
         meter = meter_for(name, self.device)
         meter.reset()
         try:
@@ -136,7 +141,7 @@ class _Run:
             runtime = load_runtime(self.bundle, name, device=self.device.type, threads=self.threads)
             self.progress(f"loading {name}", 1, 1)
             result = dataclasses.replace(result, memory_by=meter.how, loaded=meter.peak())
-            parity = check_parity(self.bundle, runtime, self.truth, self.progress)
+            parity = check_parity(self.bundle, runtime, result.lowering, self.truth, self.progress)
         except (RuntimeTargetError, EngineError, RequestError, ParityError) as error:
             self.progress(f"loading {name}", 1, 1)
             return dataclasses.replace(result, error=str(error))

@@ -57,10 +57,10 @@ def compute_truth(bundle: Bundle, device: torch.device, progress: Progress) -> T
         return _truth(bundle, torch.device("cpu"), progress)
 
 
-def check_parity(bundle: Bundle, runtime: Runtime, truth: Truth, progress: Progress) -> Parity:
+def check_parity(bundle: Bundle, runtime: Runtime, lowering: str | None, truth: Truth, progress: Progress) -> Parity:
     """Compare a loaded runtime with the eager model."""
     answers = run_candidate(runtime, truth.cases, progress)
-    subject = subject_of(runtime.info, lowering=bundle.manifest.lowering, bundle=bundle.path.resolve().name)
+    subject = subject_of(runtime.info, lowering=lowering, bundle=bundle.path.resolve().name)
     report = judge(subject, truth.cases, answers, truth.eager, truth.exact, seed=truth.seed, seconds=0.0)
     try:
         report.require_pass()

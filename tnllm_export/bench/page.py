@@ -74,7 +74,7 @@ def _cards(report: BenchReport) -> Iterable[str]:
         (f"decode of {batch} sequences", ("decode", batch, contexts[0])),
         (f"first token of {max(prompts):,}", ("prefill", 1, max(prompts))),
     ):
-        found = best(report, *case)  # type: ignore[arg-type]
+        found = best(report, *case)
         if found is None:
             yield _card(name, "–", "not measured")
             continue

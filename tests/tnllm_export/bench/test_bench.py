@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import tnllm_export.demo
+from tnllm_export import api
 from tnllm_export.bench import BenchOptions, bench_bundle, ceilings
 from tnllm_export.bench.ceilings import measure_ceilings
 from tnllm_export.bench.gate import check_parity, compute_truth
@@ -28,6 +31,7 @@ from tnllm_export.progress import silent
 from tnllm_export.runtime import load_runtime
 
 CPU = torch.device("cpu")
+SHIPPED = Path(tnllm_export.demo.__file__).parent / "checkpoint"
 ONE = BenchOptions(prompt_lengths=(3,), contexts=(5,), batches=(1,), tokens=3, time_limit=10)
 
 
@@ -109,12 +113,10 @@ def test_nothing_is_timed_that_differs_from_the_eager_model(text_bundle, monkeyp
 
 
 def test_half_precision_is_checked_beside_float32(text_checkpoint, tmp_path):
-    from tnllm_export import api
-
     bundle = api.export(text_checkpoint, tmp_path / "half", dtype="float16")
     truth = compute_truth(bundle, CPU, silent)
     assert truth.exact is not None
-    assert check_parity(bundle, load_runtime(bundle, "onnxruntime"), truth, silent).passed
+    assert check_parity(bundle, load_runtime(bundle, "onnxruntime"), "matmul", truth, silent).passed
 
 
 @pytest.mark.parametrize(
@@ -215,6 +217,17 @@ def test_on_a_cpu_the_quicker_of_two_dtypes_is_the_ceiling(monkeypatch):
     monkeypatch.setattr(ceilings, "_product_seconds", lambda width, dtype, device: 1 / dtype.itemsize)
     found = measure_ceilings(CPU, "float16")
     assert (found.dtype, found.matmul) == ("float32", 4 * 2 * 1024**3)
+
+
+@pytest.mark.slow
+def test_the_demo_checkpoint_is_timed_on_both_runtimes_of_the_cpu(tmp_path):
+    bundle = api.export(SHIPPED, tmp_path / "demo", lowering="hybrid")
+    report = api.bench(bundle, ["torch", "onnxruntime"], device="cpu", prompt_lengths=[32], contexts=[32, 10000],
+                       batches=[1, 2], tokens=4, output=tmp_path / "demo.html")  # fmt: skip
+    report.require_results()
+    assert [result.runtime for result in report.timed] == ["torch", "onnxruntime"]
+    assert all(row.note == "" for result in report.timed for row in result.rows)
+    assert "onnxruntime" in (tmp_path / "demo.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.gpu

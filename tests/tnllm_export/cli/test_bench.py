@@ -3,7 +3,7 @@
 import json
 
 QUICK = ("--device", "cpu", "--prompt-lengths", "3", "--contexts", "5,9", "--batches", "1,2", "--tokens", "3",
-         "--time-limit", "10", "--threads", "1")  # fmt: skip
+         "--time-limit", "200", "--threads", "1")  # fmt: skip
 
 
 def test_it_prints_tables_and_writes_a_page(tnllm, text_bundle, tmp_path):

@@ -13,7 +13,8 @@ from tnllm_export import api
 from tnllm_export.bundle import Bundle
 from tnllm_export.errors import DeviceMemoryError, RuntimeMissingError, RuntimeTargetError, UnsupportedTargetError
 from tnllm_export.runtime import Runtime, TorchRuntime, load_runtime
-from tnllm_export.runtime.onnxruntime_cuda import PROVIDER, OnnxRuntimeCuda, Program, import_onnxruntime_gpu
+from tnllm_export.runtime.onnxruntime_cuda import OnnxRuntimeCuda, import_onnxruntime_gpu
+from tnllm_export.runtime.onnxruntime_graphs import PROVIDER, Program
 
 CPU = torch.device("cpu")
 
@@ -153,7 +154,7 @@ def test_the_build_for_cpus_is_told_how_to_get_the_other(monkeypatch: pytest.Mon
     with pytest.raises(RuntimeMissingError) as caught:
         load_runtime(bundle, "onnxruntime", device="cuda")
     assert f"onnxruntime 1.31.1 has no {PROVIDER}, only CPUExecutionProvider" in one_line(caught)
-    assert "pip uninstall onnxruntime, then pip install 'tnllm-export[onnxruntime-gpu]'" in one_line(caught)
+    assert "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu" in one_line(caught)
 
 
 def test_a_machine_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
