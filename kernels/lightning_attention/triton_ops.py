@@ -7,7 +7,7 @@ and segments have one length; and it loads by pointers, as a package has no allo
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -44,6 +44,11 @@ class PackagePlan:
 def package_plan(K: int, V: int, heads: int, activation: Activation, capability: int, processors: int) -> PackagePlan:
     """Plan for states [K, V] of `heads` heads, and one sequence, on a GPU of this kind (90 for 9.0)."""
     tile = sweep_tile(K, V, activation, capability)
+    if activation == "bfloat16":
+        # Addresses take the registers that tensor maps would spare.
+        tile = replace(tile, warps=8)
+        if K > 128:
+            tile = replace(tile, chunk=32, value_block=min(tile.value_block, 32))
     step = step_tile(K, V, heads, processors)
     return PackagePlan(
         chunk=(tile.chunk, tile.value_block, tile.warps, tile.stages, tile.state_stages, SEGMENT_CHUNKS),
@@ -207,19 +212,22 @@ def packaged_sweep_kernel(  # noqa: PLR0915
     k_column = tl.arange(0, BK)
     v_column = i_v * BV + tl.arange(0, BV)
     start = i_b.to(tl.int64) * T * H + i_h
-    # [C, BK] and [C, BV]: the tiles of the first chunk
-    key_tile = start * K + row[:, None].to(tl.int64) * (H * K) + k_column[None, :]
-    value_tile = start * V + row[:, None].to(tl.int64) * (H * V) + v_column[None, :]
-    k_mask = k_column[None, :] < K
-    v_mask = v_column[None, :] < V
-    # From one chunk to the next, in 64 bits
+    p_query += start * K
+    p_key += start * K
+    p_value += start * V
+    p_output += start * V
+    # The tiles of the first chunk, [C, BK] and [C, BV], and the way to the next one in 64 bits
+    key_tile = row[:, None] * (H * K) + k_column[None, :]
+    value_tile = row[:, None] * (H * V) + v_column[None, :]
     key_step = start * 0 + C * H * K
     value_step = start * 0 + C * H * V
+    k_mask = k_column[None, :] < K
+    v_mask = v_column[None, :] < V
 
     # Padding: this program's share of the chunks without a valid token.
     for i in range(tl.maximum(first, n_chunks), first + SEGMENT_CHUNKS):
         nothing = tl.zeros([C, BV], dtype=p_output.dtype.element_ty)
-        tl.store(p_output + value_tile + i * value_step, nothing, mask=v_mask & (i * C + row < T)[:, None])
+        tl.store(p_output + i * value_step + value_tile, nothing, mask=v_mask & (i * C + row < T)[:, None])
 
     if i_segment < n_segments:
         slope = tl.load(p_slope_rate + i_h)
@@ -229,8 +237,8 @@ def packaged_sweep_kernel(  # noqa: PLR0915
         state = tl.zeros([BV, BK], dtype=tl.float32)
         if i_segment < n_segments - 1:
             for i in tl.range(first, first + SEGMENT_CHUNKS, num_stages=STATE_STAGES):
-                k = tl.load(p_key + key_tile + i * key_step, mask=k_mask, other=0.0)
-                v = tl.load(p_value + value_tile + i * value_step, mask=v_mask, other=0.0)
+                k = tl.load(p_key + i * key_step + key_tile, mask=k_mask, other=0.0)
+                v = tl.load(p_value + i * value_step + value_tile, mask=v_mask, other=0.0)
                 state = _advance(state, k, v, slope, C, C)
         p_passed_on = p_progress + 1 + i_column
         slot = tl.arange(0, BV)[:, None] * BK + tl.arange(0, BK)[None, :]
@@ -254,22 +262,25 @@ def packaged_sweep_kernel(  # noqa: PLR0915
 
         # [C, C]: rows are keys, columns queries.
         sees = row[None, :] >= row[:, None]
-        exponent = -slope * LOG2_E * row.to(tl.float32)
-        intra = tl.where(sees, tl.exp2(exponent[None, :] - exponent[:, None]), 0.0)
-        inter = tl.exp2(-slope * LOG2_E * (row + 1))[None, :]
         for i in tl.range(first, end, num_stages=STAGES):
             valid = (i * C + row < length)[:, None]
-            q = tl.load(p_query + key_tile + i * key_step, mask=k_mask & valid, other=0.0)
-            k = tl.load(p_key + key_tile + i * key_step, mask=k_mask & valid, other=0.0)
-            v = tl.load(p_value + value_tile + i * value_step, mask=v_mask & valid, other=0.0)
+            q = tl.load(p_query + i * key_step + key_tile, mask=k_mask & valid, other=0.0)
+            k = tl.load(p_key + i * key_step + key_tile, mask=k_mask & valid, other=0.0)
+            v = tl.load(p_value + i * value_step + value_tile, mask=v_mask & valid, other=0.0)
+            # Computed anew for each chunk (count is always positive): registers are scarcer than exponentials.
+            count = tl.minimum(length - i * C, C)
+            rate = tl.where(count > 0, -slope * LOG2_E, 0.0)
+            exponent = rate * row.to(tl.float32)
+            intra = tl.where(sees, tl.exp2(exponent[None, :] - exponent[:, None]), 0.0)
+            inter = tl.exp2(rate * (row + 1))[None, :]
             scores = product(k, tl.trans(q), None) * intra
             # [BV, C]
             o = product_wide_left(state, tl.trans(q), None) * inter
             o = product_wide_right(tl.trans(v), scores, o)
             # A query beyond the last valid token is 0, and so is its output.
             out = tl.trans(o).to(p_output.dtype.element_ty)
-            tl.store(p_output + value_tile + i * value_step, out, mask=v_mask & (i * C + row < T)[:, None])
-            state = _advance(state, k, v, slope, tl.minimum(length - i * C, C), C)
+            tl.store(p_output + i * value_step + value_tile, out, mask=v_mask & (i * C + row < T)[:, None])
+            state = _advance(state, k, v, slope, count, C)
 
         if i_segment == n_segments - 1:
             tl.store(p_present_state + state_tile, state, mask=state_mask)

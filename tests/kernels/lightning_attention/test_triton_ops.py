@@ -1,8 +1,15 @@
 """The ops that go into packages, against the recurrence in float64, and the form without a loop."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from tnllm_export.kernels.compile import SHARED_BYTES
 from tnllm_export.kernels.lightning_attention.blocked import lightning_attention_blocked
 from tnllm_export.kernels.lightning_attention.loop_free import lightning_attention_loop_free
 from tnllm_export.kernels.lightning_attention.reference import (
@@ -57,3 +64,17 @@ def test_the_packaged_step_writes_the_new_state_over_the_old_one(
     output = ops.lightning_attention_step_packaged(*inputs, 16, 2)
     assert relative_error(output, expected[0]) < TOLERANCE[dtype][0]
     assert relative_error(inputs[4], expected[1]) < 2e-6
+
+
+def test_kernels_of_packages_fit_and_need_no_memory_of_ours():
+    pytest.importorskip("triton")
+    # Outside the interpreter, which this process may use.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_triton_ops.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        assert line["scratch_bytes"] == 0, line
+        assert line["shared_bytes"] <= SHARED_BYTES[line["sm"]], line
+        assert line["spilled_bytes"] <= 64, line
