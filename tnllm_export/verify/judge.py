@@ -134,8 +134,15 @@ def _ratio(found: float, expected: float) -> float:
 def _versions(runtime: str) -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in dict.fromkeys(("tnllm-export", "torch", runtime)):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
+        versions[name] = _version(name)
     return versions
+
+
+def _version(name: str) -> str:
+    """Of a package, or of its build for GPUs, which comes under a name of its own."""
+    for package in (name, f"{name}-gpu"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed as a package"
