@@ -163,7 +163,8 @@ def build(
 
     Args:
         bundle: The bundle or its folder, exported with the lowering `matmul` or `plugin`.
-        target: "tensorrt-rtx", which builds without a GPU, or "tensorrt".
+        target: "tensorrt-rtx", which builds without a GPU, "tensorrt", or "aotinductor", which compiles packages for
+            `options.device`.
         options: Shapes, weights, GPUs, plugin library.
         rebuild: Whether to build again even so.
         progress: Told what is being done.

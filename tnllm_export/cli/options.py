@@ -37,6 +37,7 @@ class RuntimeName(StrEnum):
 
     ONNXRUNTIME = "onnxruntime"
     TORCH = "torch"
+    AOTINDUCTOR = "aotinductor"
     TENSORRT_RTX = "tensorrt-rtx"
     TENSORRT = "tensorrt"
 

@@ -158,6 +158,8 @@ def test_inspect_reads_a_bundle_without_its_weights(tnllm, text_bundle, monkeypa
         "torch-cuda": True,
         "onnxruntime-cpu": True,
         "onnxruntime-cuda": True,
+        "aotinductor-cpu": True,
+        "aotinductor-cuda": True,
         "tensorrt-rtx": False,
         "tensorrt": False,
     }
