@@ -66,7 +66,25 @@ MATRIX: Mapping[Output, Matrix] = {
 }
 """Likewise; the split follows from the number of rows."""
 
-TUNED: dict[tuple[Output, int, int, int], Cut] = {}
+TUNED: dict[tuple[Output, int, int, int], Cut] = {
+    ("product", 1, 11008, 4096): Vector(rows=2, columns=4096, warps=8, tokens=1),
+    ("heads", 1, 16384, 4096): Vector(rows=4, columns=4096, warps=8, tokens=1),
+    ("store", 1, 64000, 4096): Vector(rows=2, columns=4096, warps=8, tokens=1),
+    ("residual", 32, 4096, 11008): Matrix(rows=64, columns=128, warps=4, stages=5, split=2),
+    ("residual", 32, 4096, 4096): Matrix(rows=64, columns=128, warps=4, stages=5, split=2),
+    ("residual", 8, 4096, 4096): Matrix(rows=64, columns=128, warps=4, stages=5, split=2),
+    ("product", 1, 5632, 2048): Vector(rows=1, columns=1024, warps=4, tokens=1),
+    ("heads", 1, 8192, 2048): Vector(rows=2, columns=1024, warps=4, tokens=1),
+    ("residual", 1, 2048, 5632): Vector(rows=4, columns=2048, warps=8, tokens=1),
+    ("residual", 1, 2048, 2048): Vector(rows=8, columns=2048, warps=8, tokens=1),
+    ("store", 1, 64000, 2048): Vector(rows=2, columns=1024, warps=4, tokens=1),
+    ("heads", 32, 8192, 2048): Matrix(rows=64, columns=128, warps=4, stages=5, split=1),
+    ("residual", 32, 2048, 5632): Matrix(rows=64, columns=128, warps=4, stages=5, split=4),
+    ("residual", 32, 2048, 2048): Matrix(rows=64, columns=128, warps=4, stages=5, split=4),
+    ("store", 32, 64000, 2048): Matrix(rows=128, columns=64, warps=4, stages=4, split=1),
+    ("heads", 8, 8192, 2048): Matrix(rows=64, columns=128, warps=4, stages=5, split=1),
+    ("residual", 8, 2048, 5632): Matrix(rows=64, columns=64, warps=4, stages=6, split=4),
+}
 """Cuts of maps that were tried one by one, by (what is done with the sums, power of 2 of the tokens, rows, columns)."""
 
 

@@ -1,6 +1,7 @@
 """The recurrent step in place, its state under way before the query, key and value are there.
 
-Same cut and arithmetic as `lightning_attention/step_kernel.py`, dither included: the same bits come out.
+Same cut and arithmetic as `lightning_attention/step_kernel.py`, dither included; the compiler may fuse other products
+with sums.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls

@@ -36,8 +36,9 @@ def make(config, dtype, device, seed=0):
     return TransnormerForCausalLM(config).to(device).cast_weights(dtype).eval()
 
 
-def draw_ids(config, batch, tokens, device):
-    return torch.randint(0, config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(1)).to(device)
+def draw_ids(config, batch, tokens, device, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, config.vocab_size, (batch, tokens), generator=generator).to(device)
 
 
 def relative_error(found, reference):
@@ -90,19 +91,29 @@ def test_float32_decode_is_that_of_the_eager_model(device, config, batch):
         assert not torch.equal(mine, before)
 
 
-def check_halves(device, config, dtype, batch):
-    """Against the float32 model of the same weights: no further away than 1.2 times the eager model in the dtype."""
+def check_halves(device, config, dtype, batch, prompts=1):
+    """Against the float32 model of the same weights: no further away than 1.2 times the eager model in the dtype.
+
+    Errors are those of all prompts together: a small model's few logits are too few to compare two roundings by.
+    """
     model = make(config, dtype, device)
     wide = make(config, torch.float32, device)
     wide.load_state_dict(model.state_dict())
-    ids = draw_ids(config, batch, PAST + STEPS, device)
-    states = past_of(model, ids)
-    found, plain, reference = fused(model, ids, states), eager(model, ids, states), eager(wide, ids, states)
-    error, allowed = relative_error(found[0], reference[0]), relative_error(plain[0], reference[0])
-    print(f"{dtype}, batch {batch}: logits {error:.2e}, eager {allowed:.2e}")
-    assert error <= 1.2 * allowed, (error, allowed)
-    for layer, (mine, other, right) in enumerate(zip(found[1], plain[1], reference[1], strict=True)):
-        assert relative_error(mine, right) <= 1.2 * relative_error(other, right), layer
+    results = []
+    for seed in range(prompts):
+        ids = draw_ids(config, batch, PAST + STEPS, device, seed)
+        states = past_of(model, ids)
+        forms = fused(model, ids, states), eager(model, ids, states), eager(wide, ids, states)
+        results.append([[logits, *present] for logits, present in forms])
+    found, plain, reference = (
+        [torch.cat([one.flatten() for one in same]) for same in zip(*of_form, strict=True)]
+        for of_form in zip(*results, strict=True)
+    )
+    for place, (mine, other, right) in enumerate(zip(found, plain, reference, strict=True)):
+        error, allowed = relative_error(mine, right), relative_error(other, right)
+        what = f"state {place - 1}" if place else "logits"
+        print(f"{dtype}, batch {batch}, {what}: {error:.2e}, eager {allowed:.2e}")
+        assert error <= 1.2 * allowed, what
 
 
 @pytest.mark.parametrize("batch", [1, 9])
@@ -115,7 +126,7 @@ def test_float16_decode_is_as_close_to_float32_as_the_eager_model(device, batch)
 @pytest.mark.parametrize("config", [SMALL, UNTIED, LARGE], ids=["small", "untied", "1B layers"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_on_a_gpu_are_as_close_to_float32_as_the_eager_model(device, config, batch, dtype):
-    check_halves(device, config, dtype, batch)
+    check_halves(device, config, dtype, batch, prompts=2 if config is LARGE else max(1, 32 // batch))
 
 
 @pytest.mark.gpu
