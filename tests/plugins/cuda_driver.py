@@ -47,7 +47,7 @@ class CudaDriver:
         flags = ["-std=c++17", "-shared", "-fPIC", f"-Wl,-soname,{name}"]
         subprocess.run(["g++", *flags, str(SOURCE), "-o", str(driver), "-ldl"], check=True)
         # The plugin library opens this name and finds what is loaded here.
-        self._driver = ctypes.CDLL(str(driver))  # not global: TensorRT would take it for a driver
+        self._driver = ctypes.CDLL(str(driver))
         self._driver.state.restype = ctypes.POINTER(State)
         self.state = self._driver.state().contents
         content = library.read_bytes()

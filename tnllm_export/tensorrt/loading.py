@@ -3,24 +3,21 @@
 Nothing here is imported before an engine is built or run.
 """
 
-import atexit
 import contextlib
 import ctypes
 import functools
 import importlib
 import importlib.util
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from tnllm_export.errors import EngineBuildError, RuntimeMissingError
 from tnllm_export.targets import TARGETS, EngineTarget
+from tnllm_export.tensorrt.second_name import open_under
 
 _RTX = "tensorrt_rtx"
 _RTX_LIBRARY = "libtensorrt_rtx.so"
-_RTX_PARSER = "libtensorrt_onnxparser_rtx.so"
 
 
 def engine_target(name: str) -> EngineTarget:
@@ -37,25 +34,30 @@ def import_tensorrt(target: EngineTarget) -> Any:
     Raises:
         RuntimeMissingError: It is not installed.
     """
-    if target.module == _RTX and target.module not in sys.modules:
-        _make_findable()
     try:
-        return importlib.import_module(target.module)
+        trt = importlib.import_module(target.module)
     except ImportError as error:
         raise RuntimeMissingError(
             f"the package {target.module} can't be imported ({error}); "
             f"install it with: pip install 'tnllm-export[{target.extra}]'"
         ) from error
+    if target.module == _RTX:
+        _name_library()
+    return trt
 
 
 def check_plugins_are_possible(trt: Any) -> None:
-    """Raise EngineBuildError where a plugin would abort the process: see `_make_findable`."""
-    if trt.__name__ != _RTX or not _libraries() or _findable():
+    """Raise EngineBuildError where a plugin would abort the process: see `_name_library`."""
+    library = _library() if trt.__name__ == _RTX else None
+    if library is None:
         return
-    raise EngineBuildError(
-        f"{_RTX} was imported before this package, so plugins can't find {_RTX_LIBRARY}; import tnllm_export.api and "
-        f"build first, or set LD_LIBRARY_PATH to a folder with a link {_RTX_LIBRARY} to {_libraries()[_RTX_LIBRARY]}"
-    )
+    try:
+        ctypes.CDLL(_RTX_LIBRARY)
+    except OSError as error:
+        raise EngineBuildError(
+            f"{_RTX} can't open {_RTX_LIBRARY} ({error}), which plugins take; set LD_LIBRARY_PATH to a folder with a "
+            f"link {_RTX_LIBRARY} to {library}"
+        ) from error
 
 
 def has_cuda_driver() -> bool:
@@ -98,48 +100,22 @@ def last_error(trt: Any) -> str:
     return " ".join(first.split()) or "no reason given"
 
 
-_farm: Path | None = None
-
-
-def _make_findable() -> None:
+@functools.cache
+def _name_library() -> None:
     """Let TensorRT-RTX open itself by the name `libtensorrt_rtx.so`.
 
-    With a plugin in the network it does so, and aborts the process where that fails; its wheel has no file of that
-    name. The libraries look beside themselves (rpath $ORIGIN), and "beside" is the folder that they were opened from:
-    so they are opened through links in a temporary folder, before anybody opens them where they are. The package's
-    own folder may be read-only.
+    Where a graph has a node that a plugin runs, its parser does so, and aborts the process if that fails; its wheel
+    has no file of that name. `check_plugins_are_possible` tells whether it worked.
     """
-    global _farm  # noqa: PLW0603 - a process has one set of libraries
-    libraries = _libraries()
-    if _farm is not None or not libraries:
-        return
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="tnllm-tensorrt-"))
-    except OSError:
-        return  # engines without plugins need no link; `check_plugins_are_possible` speaks for the others
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name, path in libraries.items():
-        (folder / path.name).symlink_to(path)
-        (folder / name).symlink_to(path)
-        ctypes.CDLL(str(folder / path.name), mode=ctypes.RTLD_GLOBAL)
-    _farm = folder
+    library = _library()
+    if library is not None:
+        with contextlib.suppress(OSError):
+            open_under(_RTX_LIBRARY, library)
 
 
-def _findable() -> bool:
-    if _farm is not None or _libraries()[_RTX_LIBRARY].with_name(_RTX_LIBRARY).exists():
-        return True
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(_RTX_LIBRARY)
-        return True
-    return False
-
-
-@functools.cache
-def _libraries() -> dict[str, Path]:
-    """Return the files of the wheel by the names they lack, the first to be opened first; nothing elsewhere."""
+def _library() -> Path | None:
+    """Return the wheel's file; nothing elsewhere."""
     spec = importlib.util.find_spec(f"{_RTX}_libs") if sys.platform == "linux" else None
     if spec is None or spec.origin is None:
-        return {}
-    folder = Path(spec.origin).parent
-    found = {name: next(iter(sorted(folder.glob(f"{name}.*"))), None) for name in (_RTX_LIBRARY, _RTX_PARSER)}
-    return {} if None in found.values() else {name: path for name, path in found.items() if path is not None}
+        return None
+    return next(iter(sorted(Path(spec.origin).parent.glob(f"{_RTX_LIBRARY}.*"))), None)

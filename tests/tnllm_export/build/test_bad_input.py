@@ -12,7 +12,7 @@ from tnllm_export.build.options import parse_compute_capabilities
 from tnllm_export.errors import EngineBuildError, RuntimeMissingError
 from tnllm_export.targets import TARGETS
 
-# Not importorskip: it would import the package before ours does.
+# Not importorskip: nothing imports TensorRT that does not use it.
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX has no wheel for this platform")
 
 

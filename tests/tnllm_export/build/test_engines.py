@@ -20,7 +20,7 @@ from tnllm_export.errors import BundleNotFoundError, EngineMismatchError
 from tnllm_export.inspection import inspect
 from tnllm_export.tensorrt import engine_target, import_tensorrt
 
-# Not importorskip: it would import the package before ours does.
+# Not importorskip: nothing imports TensorRT that does not use it.
 pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX has no wheel for this platform")
 
 RTX = "tensorrt-rtx"

@@ -11,11 +11,11 @@ import pytest
 
 from tnllm_export.build import EngineOptions, build_engines
 from tnllm_export.build.engine import make_builder
-from tnllm_export.build.network import parse_network, read_graph
+from tnllm_export.build.network import add_profile, parse_network, read_graph
 from tnllm_export.errors import EngineBuildError
-from tnllm_export.tensorrt import engine_target, import_tensorrt, load_plugins
+from tnllm_export.tensorrt import engine_target, import_tensorrt, last_error, load_plugins
 
-# Not importorskip: it would import the package before ours does.
+# Not importorskip: nothing imports TensorRT that does not use it.
 pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX has no wheel for this platform")
 
 RTX = "tensorrt-rtx"
@@ -90,11 +90,40 @@ def test_a_plugin_build_survives_a_library_folder_that_it_cannot_write(exported,
     assert sorted(path.name for path in Path(folder).iterdir()) == before
 
 
-def test_tensorrt_rtx_that_was_imported_too_early_is_told_in_one_line_instead_of_an_abort(bundle_of, library):
-    done = run(BUILD.replace("# FIRST", "import tensorrt_rtx"), bundle_of("tiny", "float16", "plugin").path, library)
+EARLIER = {
+    "the package": "import tensorrt_rtx",
+    "its libraries": "import tensorrt_rtx_libs",
+    "links": """
+import ctypes, os, tempfile
+from importlib.util import find_spec
+folder = next(iter(find_spec("tensorrt_rtx_libs").submodule_search_locations))
+for name in ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"):
+    link = os.path.join(tempfile.mkdtemp(dir=os.environ["LINKS"]), name)
+    os.symlink(os.path.join(folder, name), link)
+    ctypes.CDLL(link)
+""",
+}
+
+
+@pytest.mark.parametrize("opened", EARLIER)
+def test_a_plugin_build_bears_that_tensorrt_rtx_was_opened_before(bundle_of, library, tmp_path, monkeypatch, opened):
+    monkeypatch.setenv("LINKS", str(tmp_path))
+    done = run(BUILD.replace("# FIRST", EARLIER[opened]), bundle_of("tiny", "float16", "plugin").path, library)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip(), "decode.engine").is_file()
+
+
+def test_where_the_name_can_not_be_given_one_line_says_so_instead_of_an_abort(bundle_of, library):
+    refuse = """
+import os
+def refuse(name):
+    raise OSError("no files in memory")
+os.memfd_create = refuse
+"""
+    done = run(BUILD.replace("# FIRST", refuse), bundle_of("tiny", "float16", "plugin").path, library)
     assert done.returncode == 1
-    assert done.stderr.startswith("EngineBuildError: tensorrt_rtx was imported before this package")
-    assert "LD_LIBRARY_PATH" in done.stderr
+    assert done.stderr.startswith("EngineBuildError: tensorrt_rtx can't open libtensorrt_rtx.so (")
+    assert "set LD_LIBRARY_PATH to a folder with a link libtensorrt_rtx.so to " in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -108,6 +137,30 @@ def test_a_library_without_a_kernel_for_the_head_sizes_is_refused_with_what_is_m
     assert done.returncode == 1
     assert done.stderr.count("EngineBuildError") == 1
     assert "has no kernel for float16 with K 32 and V 16; make one with tnllm build-plugin" in done.stderr
+
+
+def test_a_state_in_place_takes_a_preview_feature_and_copies_that_tensorrt_adds(bundle_of, library):
+    """Why the graphs do not ask for it: past_state is an input of the network, which TensorRT protects by a copy."""
+    bundle = bundle_of("tiny", "float16", "plugin")
+    trt = import_tensorrt(engine_target(RTX))
+    load_plugins(trt, library)
+    last_error(trt)
+    sizes = {}
+    for in_place, preview in ((0, False), (1, False), (1, True)):
+        model = read_graph(bundle.decode_path, "external")
+        for node in model.graph.node:
+            if node.domain == "tnllm":
+                node.attribute.append(onnx.helper.make_attribute("in_place", in_place))
+        builder = make_builder(trt)
+        network = parse_network(trt, builder, model, bundle.decode_path)
+        config = builder.create_builder_config()
+        add_profile(builder, config, network, SMALL.profile)
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, preview)
+        engine = builder.build_serialized_network(network, config)
+        sizes[in_place, preview] = 0 if engine is None else len(memoryview(engine))
+        assert ("kALIASED_PLUGIN_IO_10_03 not enabled" in last_error(trt)) == (engine is None)
+    assert sizes[1, False] == 0
+    assert sizes[1, True] > 1.5 * sizes[0, False] > 0
 
 
 def test_a_file_that_is_no_plugin_library_is_named(bundle_of, tmp_path):
