@@ -3,7 +3,13 @@
 from collections.abc import Iterable
 
 from benchmarks import names
-from benchmarks.performance_inference import attention_table, context_table, distance_table, inference_table
+from benchmarks.performance_inference import (
+    attention_table,
+    context_table,
+    distance_table,
+    inference_table,
+    short_inference_table,
+)
 from benchmarks.records import Record
 from benchmarks.tables import Table, absences, by_case, figure, peer_name, peer_values, rows, share
 
@@ -208,7 +214,11 @@ TABLES: dict[str, Table] = {
 PLUGIN_TABLES: dict[str, Table] = {names.PLUGIN: plugin_table}
 """What the page on TensorRT shows."""
 
-SHORT_TABLES: dict[str, Table] = {names.FORWARD: short_table, names.DECODE: short_table}
+SHORT_TABLES: dict[str, Table] = {
+    names.FORWARD: short_table,
+    names.DECODE: short_table,
+    names.INFERENCE: short_inference_table,
+}
 """What the README shows of them."""
 
 PICTURES = {
