@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tnllm_export.kernels.dispatch import form_for
+from tnllm_export.kernels.tracing import needs_gradient, runs_untraced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the fused kernels take. They compute in float32 inside."""
@@ -24,6 +25,11 @@ def fused(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
     return runs_triton(*tensors)
+
+
+def unwatched(*tensors: Tensor) -> bool:
+    """Whether an op may be called past torch.library: no tracer has to see it, and autograd need not know of it."""
+    return runs_untraced(*tensors) and not needs_gradient(*tensors)
 
 
 def runs_triton(*tensors: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tnllm_export.kernels.contract import NAMESPACE, accumulator_dtype
-from tnllm_export.kernels.layer.form import fits, fused, runs_triton
+from tnllm_export.kernels.layer.form import fits, fused, runs_triton, unwatched
 from tnllm_export.kernels.layer.norm import EPSILON, srmsnorm_backward_pytorch, srmsnorm_pytorch
 
 
@@ -28,7 +28,7 @@ def gated_norm(gate: Tensor, x: Tensor) -> Tensor:
         [..., D].
     """
     if gate.dtype == x.dtype and fused(gate, x):
-        gated: Tensor = gated_norm_op(gate, x)
+        gated: Tensor = _gated_norm(gate, x) if unwatched(gate, x) else gated_norm_op(gate, x)
         return gated
     return gate * srmsnorm_pytorch(x, x.dtype)
 
@@ -40,15 +40,19 @@ def gated_norm_backward_pytorch(grad: Tensor, gate: Tensor, x: Tensor) -> tuple[
     return grad_gate.to(gate.dtype), srmsnorm_backward_pytorch(grad.to(wide) * gate.to(wide), x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_norm", mutates_args=())
-def gated_norm_op(gate: Tensor, x: Tensor) -> Tensor:
-    """Compute `gated_norm` as one op, contiguous; the form is chosen when it runs."""
+def _gated_norm(gate: Tensor, x: Tensor) -> Tensor:
     _check(gate, x)
     if runs_triton(gate, x) and fits("gated_norm", x.shape[-1]):
         from tnllm_export.kernels.layer.triton_kernels.gate import gated_norm_triton  # noqa: PLC0415
 
         return gated_norm_triton(gate, x, EPSILON)
     return (gate * srmsnorm_pytorch(x, x.dtype)).contiguous()
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gated_norm", mutates_args=())
+def gated_norm_op(gate: Tensor, x: Tensor) -> Tensor:
+    """Compute `gated_norm` as one op, contiguous; the form is chosen when it runs."""
+    return _gated_norm(gate, x)
 
 
 @gated_norm_op.register_fake

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from tnllm_export.kernels.contract import NAMESPACE, accumulator_dtype
-from tnllm_export.kernels.layer.form import fused, runs_triton
+from tnllm_export.kernels.layer.form import fused, runs_triton, unwatched
 
 Heads = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -38,6 +38,8 @@ def split_heads(projected: Tensor, heads: int, theta: Tensor | None = None, posi
     """
     head_dim = projected.shape[-1] // (4 * heads)
     if fused(projected) and head_dim <= MAX_HEAD_DIM and (theta is None or theta.dtype == torch.float32):
+        if unwatched(projected) if theta is None else unwatched(projected, theta):
+            return *_split_heads(projected, heads, theta, positions), *_value_and_gate(projected, heads)
         result: Heads = _SplitHeads.apply(projected, theta, positions, heads)  # type: ignore[no-untyped-call]
         return result
     return split_heads_pytorch(projected, heads, theta, positions)
@@ -86,17 +88,28 @@ def split_heads_backward_pytorch(
     return torch.cat((*parts, grads[2].flatten(2), grads[3]), dim=-1).to(projected.dtype), grad_theta
 
 
-@torch.library.custom_op(f"{NAMESPACE}::split_heads", mutates_args=())
-def split_heads_op(
+def _split_heads(
     projected: Tensor, heads: int, theta: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute query and key of `split_heads`, contiguous; `split_heads` adds the views and the gradient."""
     if runs_triton(projected):
         from tnllm_export.kernels.layer.triton_kernels.heads import split_heads_triton  # noqa: PLC0415
 
         return split_heads_triton(projected, heads, theta, positions)
     query, key, _, _ = split_heads_pytorch(projected, heads, theta, positions)
     return query.contiguous(), key.contiguous()
+
+
+def _value_and_gate(projected: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    _, _, value, gate = projected.chunk(4, dim=-1)
+    return torch.unflatten(value, -1, (heads, -1)), gate
+
+
+@torch.library.custom_op(f"{NAMESPACE}::split_heads", mutates_args=())
+def split_heads_op(
+    projected: Tensor, heads: int, theta: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute query and key of `split_heads`, contiguous; `split_heads` adds the views and the gradient."""
+    return _split_heads(projected, heads, theta, positions)
 
 
 @split_heads_op.register_fake
@@ -150,9 +163,7 @@ class _SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(projected: Tensor, theta: Tensor | None, positions: Tensor | None, heads: int) -> Heads:
-        query, key = split_heads_op(projected, heads, theta, positions)
-        _, _, value, gate = projected.chunk(4, dim=-1)
-        return query, key, torch.unflatten(value, -1, (heads, -1)), gate
+        return *split_heads_op(projected, heads, theta, positions), *_value_and_gate(projected, heads)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Heads) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tnllm_export.kernels.contract import NAMESPACE, accumulator_dtype
-from tnllm_export.kernels.layer.form import fits, fused, runs_triton
+from tnllm_export.kernels.layer.form import fits, fused, runs_triton, unwatched
 
 EPSILON = 1e-6
 
@@ -28,7 +28,9 @@ def srmsnorm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         [..., D].
     """
     dtype = dtype or x.dtype
-    return srmsnorm_op(x, dtype) if fused(x) else srmsnorm_pytorch(x, dtype)
+    if not fused(x):
+        return srmsnorm_pytorch(x, dtype)
+    return _srmsnorm(x, dtype) if unwatched(x) else srmsnorm_op(x, dtype)
 
 
 def srmsnorm_pytorch(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,14 +46,18 @@ def srmsnorm_backward_pytorch(grad: Tensor, x: Tensor) -> Tensor:
     return (rstd * (dy - wide * (rstd.square() * (dy * wide).mean(-1, keepdim=True)))).to(x.dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::srmsnorm", mutates_args=())
-def srmsnorm_op(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute `srmsnorm` as one op, contiguous; the form is chosen when it runs."""
+def _srmsnorm(x: Tensor, dtype: torch.dtype) -> Tensor:
     if runs_triton(x) and fits("srmsnorm", x.shape[-1]):
         from tnllm_export.kernels.layer.triton_kernels.norm import srmsnorm_triton  # noqa: PLC0415
 
         return srmsnorm_triton(x, dtype, EPSILON)
     return srmsnorm_pytorch(x, dtype).contiguous()
+
+
+@torch.library.custom_op(f"{NAMESPACE}::srmsnorm", mutates_args=())
+def srmsnorm_op(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute `srmsnorm` as one op, contiguous; the form is chosen when it runs."""
+    return _srmsnorm(x, dtype)
 
 
 @srmsnorm_op.register_fake

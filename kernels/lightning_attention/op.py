@@ -28,13 +28,12 @@ from tnllm_export.kernels.lightning_attention.blocked import (
 )
 from tnllm_export.kernels.lightning_attention.slope_gradient import slope_gradient_in_pieces
 from tnllm_export.kernels.lightning_attention.step import lightning_attention_step_pytorch
+from tnllm_export.kernels.tracing import needs_gradient, runs_untraced
 
 MAX_HEAD_DIM = 256
 """The widest query, key and value that the Triton kernels take; all widths are multiples of HEAD_DIM_STEP."""
 
 HEAD_DIM_STEP = 16
-
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def lightning_attention(
@@ -63,10 +62,10 @@ def lightning_attention(
         TypeError: A dtype does not fit.
     """
     query, key, value = _autocast(query, key, value)
-    if not _runs_untraced(query, key, value, slope_rate, past_state, lengths):
+    if not runs_untraced(query, key, value, slope_rate, past_state, lengths):
         return _chunk_op(query, key, value, slope_rate, past_state, lengths)  # type: ignore[no-any-return]
     check_chunk_inputs(query, key, value, slope_rate, past_state, lengths)
-    if torch.is_grad_enabled() and _any_requires_grad(query, key, value, slope_rate, past_state):
+    if needs_gradient(query, key, value, slope_rate, past_state):
         results: tuple[Tensor, Tensor] = _LightningAttention.apply(  # type: ignore[no-untyped-call]
             query, key, value, slope_rate, past_state, lengths
         )
@@ -97,9 +96,9 @@ def lightning_attention_step(
         TypeError: A dtype does not fit.
     """
     query, key, value = _autocast(query, key, value)
-    untraced = _runs_untraced(query, key, value, slope_rate, past_state)
+    untraced = runs_untraced(query, key, value, slope_rate, past_state)
     # The op raises an error when a gradient is asked of it.
-    if not untraced or (torch.is_grad_enabled() and _any_requires_grad(query, key, value, slope_rate, past_state)):
+    if not untraced or needs_gradient(query, key, value, slope_rate, past_state):
         return _step_op(query, key, value, slope_rate, past_state)  # type: ignore[no-any-return]
     check_step_inputs(query, key, value, slope_rate, past_state)
     return _step(query, key, value, slope_rate, past_state)
@@ -230,7 +229,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None) -
     # Nothing but a shape: no memory is written for an absent gradient.
     grad_output = value.new_zeros(()).expand(value.shape) if grad_output is None else grad_output
     grad_state = past_state.new_zeros(()).expand(past_state.shape) if grad_state is None else grad_state
-    untraced = _runs_untraced(grad_output, grad_state, *inputs)
+    untraced = runs_untraced(grad_output, grad_state, *inputs)
     chunk_backward, slope_gradient = (
         (_chunk_backward, _slope_gradient) if untraced else (_chunk_backward_op, _slope_gradient_op)
     )
@@ -308,26 +307,6 @@ def _step(query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_st
         )
     with _accumulation_dtype_kept(query.device.type):
         return lightning_attention_step_pytorch(query, key, value, slope_rate, past_state)
-
-
-def _runs_untraced(*tensors: Tensor) -> bool:
-    """Whether nobody watches: no tracer, no dispatch mode, no functorch transform, no tensor subclass."""
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES:
-            return False
-    return tensors[0].is_cuda or tensors[0].is_cpu
-
-
-# Loops, not any() and all(): a generator takes longer than everything else here.
-def _any_requires_grad(*tensors: Tensor) -> bool:
-    for tensor in tensors:  # noqa: SIM110
-        if tensor.requires_grad:
-            return True
-    return False
 
 
 def _runs_triton(query: Tensor, value: Tensor) -> bool:
