@@ -185,7 +185,10 @@ def _compile(process: "subprocess.Popen[str]", variant: Variant) -> CompiledKern
     except (OSError, ValueError) as error:
         raise PluginBuildError(f"{name}: the compiler's process ended; try again with more memory") from error
     if "error" in answer:
-        raise PluginBuildError(f"{name}: Triton could not compile it ({answer['error']}); expected Triton 3.6 or newer")
+        raise PluginBuildError(
+            f"{name}: Triton could not compile it ({answer['error']}); "
+            "expected Triton 3.6 or newer, and a cache that can be written (TRITON_CACHE_DIR)"
+        )
     limit = SHARED_BYTES[variant["compute_capability"]]
     if answer["shared_bytes"] > limit:
         raise PluginBuildError(

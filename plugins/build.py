@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tnllm_export.errors import PluginBuildError, WriteError
 from tnllm_export.kernels.compile import compile_table
-from tnllm_export.plugins.library import build_library, find_compiler, find_headers
+from tnllm_export.plugins.library import build_library, check_cache, find_compiler, find_headers
 from tnllm_export.progress import Progress, silent
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -66,6 +66,7 @@ def build_plugin(
     # What is missing is told before minutes are spent on kernels.
     find_compiler()
     find_headers(include)
+    check_cache()
     table = compile_table(options.capabilities, options.head_sizes, options.dtypes, progress=progress)
     progress("compiling the plugin library", 0, 1)
     library = build_library(table, include=include)

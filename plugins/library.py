@@ -14,6 +14,8 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,19 +59,31 @@ def build_library(
     compiler = find_compiler(compiler)
     headers = find_headers(include)
     cache = cache or default_cache()
+    with _building(cache) as folder:
+        write_table(table, folder)
+        place = cache / f"plugins-{_digest(folder, headers, compiler)}" / LIBRARY
+        if not place.is_file():
+            _compile(compiler, headers, folder)
+            place.parent.mkdir(exist_ok=True)
+            (folder / LIBRARY).replace(place)
+    return place
+
+
+def check_cache() -> None:
+    """Raise WriteError where the cache can't be written."""
+    with _building(default_cache()):
+        pass
+
+
+@contextmanager
+def _building(cache: Path) -> Iterator[Path]:
+    """Give a temporary folder in the cache; errors of writing there become WriteError."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".building-") as name:
-            folder = Path(name)
-            write_table(table, folder)
-            place = cache / f"plugins-{_digest(folder, headers, compiler)}" / LIBRARY
-            if not place.is_file():
-                _compile(compiler, headers, folder)
-                place.parent.mkdir(exist_ok=True)
-                (folder / LIBRARY).replace(place)
+            yield Path(name)
     except OSError as error:
         raise WriteError(f"{cache}: could not be written, {error.strerror}; set XDG_CACHE_HOME to a folder") from error
-    return place
 
 
 def find_compiler(wanted: str | None = None) -> str:
