@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
-from torch import SymInt
 
 from tnllm_export.errors import ExportError
 from tnllm_export.graphs.passes.name_nodes import MODULE
@@ -57,7 +56,7 @@ class Builder:
         """Return x in a dtype: x itself where it has it."""
         return x if x.dtype == dtype else self("Cast", x, to=int(dtype))
 
-    def reshape(self, x: ir.Value, shape: Iterable[int | SymInt]) -> ir.Value:
+    def reshape(self, x: ir.Value, shape: Iterable[int | str]) -> ir.Value:
         """Reshape x, by a constant target wherever at most one dimension must be inferred.
 
         In a target, 0 copies the dimension of x at the same place and -1 infers one. Only where several symbolic
@@ -86,12 +85,5 @@ class Builder:
         return self._tape.initializer(tensor, name) if known is None else known
 
 
-def shape_of(dims: Iterable[int | SymInt]) -> ir.Shape:
-    """Return a shape that torch.export found, symbols by their names."""
-    return ir.Shape(_dims(dims))
-
-
-def _dims(shape: Iterable[int | SymInt | ir.SymbolicDim]) -> tuple[int | str, ...]:
-    return tuple(
-        dim if isinstance(dim, int) else str(dim.value if isinstance(dim, ir.SymbolicDim) else dim) for dim in shape
-    )
+def _dims(shape: Iterable[int | str | ir.SymbolicDim]) -> tuple[int | str, ...]:
+    return tuple(str(dim.value) if isinstance(dim, ir.SymbolicDim) else dim for dim in shape)

@@ -1,4 +1,4 @@
-"""From an ExportedProgram to a finished ONNX graph: translate, lower, tidy up, name, attach weights."""
+"""From a traced program to a finished ONNX graph: translate, lower, tidy up, name, attach weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from tnllm_export.graphs.lowerings import LOWERINGS
 from tnllm_export.graphs.passes.external_weights import ExternalWeight, ExternalWeights
@@ -15,6 +14,7 @@ from tnllm_export.graphs.passes.name_nodes import NameNodes
 from tnllm_export.graphs.passes.optimize import Optimize
 from tnllm_export.graphs.passes.set_opset import SetOpset
 from tnllm_export.graphs.passes.unroll_layers import UnrollLayers
+from tnllm_export.graphs.traced import TracedProgram
 from tnllm_export.graphs.translate import translate
 from tnllm_export.kernels.contract import NAMESPACE, OPSET_VERSION
 
@@ -26,7 +26,7 @@ class Program:
     """A traced program and the names that its graph shall have.
 
     Attributes:
-        exported: What torch.export made.
+        traced: What was traced.
         input_names: Graph inputs, in order.
         output_names: Graph outputs, in order.
         module_prefix: Name under which the program holds the model; not part of any name in the graph.
@@ -35,7 +35,7 @@ class Program:
         layer_kinds: Which of the program's layers each layer of the graph is like; see `UnrollLayers`.
     """
 
-    exported: ExportedProgram
+    traced: TracedProgram
     input_names: Sequence[str]
     output_names: Sequence[str]
     module_prefix: str
@@ -60,7 +60,7 @@ def build_graph(program: Program, lowering: str, weights: Mapping[str, ExternalW
     """
     chosen = LOWERINGS[lowering]
     model = translate(
-        program.exported,
+        program.traced,
         input_names=program.input_names,
         output_names=program.output_names,
         weight_names=program.weight_names,

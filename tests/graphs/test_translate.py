@@ -13,6 +13,7 @@ from torch.export import Dim
 from tnllm_export.errors import ExportError
 from tnllm_export.graphs.operators import OPERATORS
 from tnllm_export.graphs.passes.name_nodes import MODULE
+from tnllm_export.graphs.traced import record
 from tnllm_export.graphs.translate import translate
 
 # Functions of x [B, T, 6] float32 and ids [B, T] int64, by the operator that they are there for.
@@ -82,7 +83,7 @@ def trace(module):
 
 def translated(program, count, weight_names=None):
     outputs = [f"output.{index}" for index in range(count)]
-    model = translate(program, input_names=["x", "ids"], output_names=outputs, weight_names=weight_names or {})
+    model = translate(record(program), input_names=["x", "ids"], output_names=outputs, weight_names=weight_names or {})
     for index, node in enumerate(model.graph):
         node.name = f"node.{index}"
     return model

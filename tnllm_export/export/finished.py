@@ -1,11 +1,12 @@
-"""Graphs as they are written: what comes back from where they were made, which may be another process."""
+"""Graphs as they are written, and what the manifest says of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
+import onnx_ir as ir
 
-from tnllm_export.bundle import BundleWriter, GraphRecord
+from tnllm_export.bundle import BundleWriter, GraphRecord, Port
 from tnllm_export.errors import ExportError
 
 
@@ -16,6 +17,17 @@ class FinishedGraph:
     proto: bytes
     record: GraphRecord
     opset_imports: Mapping[str, int]
+
+
+def finish_graph(name: str, model: ir.Model) -> FinishedGraph:
+    """Serialise a graph for the file NAME.onnx."""
+    record = GraphRecord(
+        file=f"{name}.onnx",
+        inputs=tuple(_port(value) for value in model.graph.inputs),
+        outputs=tuple(_port(value) for value in model.graph.outputs),
+    )
+    proto = ir.to_proto(model).SerializeToString(deterministic=True)
+    return FinishedGraph(proto, record, dict(model.opset_imports))
 
 
 def write_graph(writer: BundleWriter, name: str, graph: FinishedGraph) -> None:
@@ -30,3 +42,10 @@ def write_graph(writer: BundleWriter, name: str, graph: FinishedGraph) -> None:
         onnx.checker.check_model(str(writer.folder / graph.record.file))
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the {name} graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+
+
+def _port(value: ir.Value) -> Port:
+    assert value.dtype is not None
+    assert value.shape is not None
+    dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+    return Port(name=str(value.name), dtype=value.dtype.numpy().name, shape=dims)

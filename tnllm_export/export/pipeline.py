@@ -1,5 +1,5 @@
-"""Exporting a checkpoint: trace, build graphs, stream the weights meanwhile, commit the bundle."""
-# ruff: noqa: PLC0415 - what makes graphs is imported where they are made, beside the weights
+"""Exporting a checkpoint: trace, stream the weights meanwhile, build graphs, commit the bundle."""
+# ruff: noqa: PLC0415 - what builds graphs is imported while their programs are traced
 
 import contextlib
 import gc
@@ -25,8 +25,9 @@ from tnllm_export.bundle import (
     plan_weights,
 )
 from tnllm_export.errors import ExportError
-from tnllm_export.export.finished import FinishedGraph, write_graph
 from tnllm_export.export.forked import Forked
+from tnllm_export.export.template import Template
+from tnllm_export.export.tracing import Tracing, trace_programs
 from tnllm_export.graphs.lowerings import LOWERINGS
 from tnllm_export.models.checkpoint import Checkpoint, open_checkpoint
 from tnllm_export.models.modeling import Logits, parameter_dtype
@@ -70,24 +71,26 @@ def export_bundle(
     """
     _check_options(dtype, lowering, logits)
     writer = BundleWriter(output, overwrite)
-    with _without_pauses():
+    # Forked before there are threads, and before there is a lock on the new folder that would outlive this process.
+    with _without_pauses(), Forked(trace_programs) as tracing:
         opened = open_checkpoint(checkpoint)
         if opened.tokenizer_path is not None:
             load_tokenizer(opened.tokenizer_path, opened.config.vocab_size)  # a broken one is found now, not later
         chosen = dtype or _default_dtype(opened, DEFAULT_TARGET)
         form = lowering or DEFAULT_TARGET.lowerings[0]
+        template = Template.of(opened.config)
         layout = _plan(opened, DTYPES[chosen])
-
-        def make_graphs(progress: Progress) -> dict[str, FinishedGraph]:
-            from tnllm_export.export.graphs import GraphExporter
-
-            exporter = GraphExporter(opened.config, dtype=chosen, lowering=form, logits=logits, layout=layout)
-            return exporter.finish(progress)
-
-        # Forked before there are threads, and before there is a lock on the new folder that would outlive this process.
-        with Forked(make_graphs) as making, writer:
+        with writer:
             with _writing_weights(writer, layout, opened, progress) as watched:
-                graphs = making.result(watched)
+                programs = tracing.answers(Tracing(template.config, DTYPES[chosen], logits), watched)
+                from tnllm_export.export.finished import finish_graph, write_graph
+                from tnllm_export.export.graphs import GraphBuilder
+
+                builder = GraphBuilder(opened.config, template, lowering=form, layout=layout)
+                graphs = {}
+                for name, program in programs:
+                    graphs[name] = finish_graph(name, builder.build(name, program))
+                    watched("making graphs", len(graphs), 2, "graphs")
             for name, graph in graphs.items():
                 write_graph(writer, name, graph)
             if opened.tokenizer_path is not None:
@@ -111,13 +114,16 @@ def export_bundle(
 
 @contextlib.contextmanager
 def _without_pauses() -> Iterator[None]:
-    """Don't look for garbage: tracing makes millions of objects that stay, and a fifth of it would be the search."""
+    """Don't look for garbage: making graphs makes millions of objects, and a fifth of it would be the search."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if collecting:
+            # Among the oldest objects, which are searched last: else all that is new would be searched at once, now.
+            gc.freeze()
+            gc.unfreeze()
             gc.enable()
 
 

@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import torch
-import torch.export._trace  # now, not by the first call, which two processes make
+import torch.export._trace  # now, not by the first call, which waits for the checkpoint
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,8 +15,6 @@ from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import Logits, TransnormerForCausalLM
 
 _B, _T = 2, 3  # any sizes but 0 and 1, which torch.export would specialise on
-MODEL = "causal_lm"
-"""Name under which a program module holds the model."""
 
 
 class PrefillProgram(nn.Module):

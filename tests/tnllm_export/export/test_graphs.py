@@ -6,10 +6,13 @@ import torch
 
 from tnllm_export.bundle import TensorSpec, open_bundle, plan_weights
 from tnllm_export.export import export_bundle
-from tnllm_export.export.graphs import GraphExporter
+from tnllm_export.export.graphs import GraphBuilder
+from tnllm_export.export.template import Template
+from tnllm_export.export.tracing import Tracing, trace_programs
 from tnllm_export.models.checkpoint import expected_tensors
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
+from tnllm_export.progress import silent
 from tnllm_export.runtime import TorchRuntime, load_runtime
 
 
@@ -56,14 +59,17 @@ def description(model):
 def test_the_released_form_unrolls_to_what_tracing_every_layer_gives(lowering):
     config = make_config([1, 0, 0, 0, 0])
     layout = plan_weights(TensorSpec(name, "float32", shape) for name, shape in expected_tensors(config).items())
-    unrolled, traced = (
-        GraphExporter(config, dtype="float32", lowering=lowering, logits="last", layout=layout, unroll=unroll)
-        for unroll in (True, False)
-    )
-    for program in ("prefill", "decode"):
-        graph, expected = getattr(unrolled, program)(), getattr(traced, program)()
+    graphs = []
+    for template in (Template.of(config), Template(config, tuple(range(config.decoder_layers)))):
+        tracing = Tracing(template.config, torch.float32, "last")
+        builder = GraphBuilder(config, template, lowering=lowering, layout=layout)
+        programs = trace_programs(lambda tracing=tracing: tracing, silent)
+        graphs.append({name: builder.build(name, program) for name, program in programs})
+    unrolled, traced = graphs
+    assert list(unrolled) == list(traced) == ["prefill", "decode"]
+    for name, expected in traced.items():
         assert len(expected.graph) > 100
-        assert description(graph) == description(expected)
+        assert description(unrolled[name]) == description(expected)
 
 
 @pytest.mark.parametrize("lrpe", [[0, 1, 1, 0], [1, 1, 1], [0]], ids=str)
