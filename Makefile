@@ -27,7 +27,7 @@ format: $(DEV)  ## Put the code into the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DEV)  ## Measure drift, constant cost and scale; writes benchmarks/results
+bench: $(DEV)  ## Measure drift, constant cost, scale and engines; writes benchmarks/results
 	$(BIN)/python -m benchmarks
 
 clean:  ## Remove what the other targets made

@@ -17,6 +17,7 @@ REGISTRY = {
     "drift": "cpu",
     "constant cost": "cpu",
     "scale": "cpu",
+    "engines": "cpu",
     "attention": "cuda",
     "decode": "cuda",
     "training": "cuda",

@@ -8,9 +8,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks import constant_cost, drift, performance, performance_plots, scale
+from benchmarks import constant_cost, drift, engines, performance, performance_plots, scale
 from benchmarks.records import RESULTS, ROOT, Record, load
-from benchmarks.tables import Table, rows
+from benchmarks.tables import Table, by_case, rows
 
 
 def write(root: Path = ROOT, results: Path = RESULTS) -> None:
@@ -90,6 +90,17 @@ def _scale_table(records: list[Record]) -> str:
     return rows(["checkpoint", "what", "value", "against", "limit"], lines)
 
 
+def _engines_table(records: list[Record]) -> str:
+    lines = []
+    for case, found in by_case(records).items():
+        size, weights = case.split(" | ")
+        value = {record.metric: record.value or 0.0 for record in found}
+        sizes = f"{value[engines.PREFILL]:.1f} MB and {value[engines.DECODE]:.1f} MB"
+        costs = f"{value[engines.WALL]:.0f} s", f"{value[engines.PROCESSOR]:.0f} s", f"{value[engines.PEAK]:.1f} GiB"
+        lines.append([size, f"`{weights}`", sizes, *costs])
+    return rows(["model", "`--weights`", "engines", "time, both", "processor time", "peak memory"], lines)
+
+
 def _plot_drift(records: list[Record], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "drift"  # the same results give the same file
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
@@ -118,7 +129,7 @@ def _plot_drift(records: list[Record], path: Path) -> None:
 PAGES: dict[str, dict[str, Table]] = {
     "docs/parity.md": {drift.NAME: _drift_table, constant_cost.NAME: _cost_table, scale.NAME: _scale_table},
     "docs/performance.md": performance.TABLES,
-    "docs/tensorrt.md": performance.PLUGIN_TABLES,
+    "docs/tensorrt.md": {engines.NAME: _engines_table, **performance.PLUGIN_TABLES},
     "README.md": performance.SHORT_TABLES,
 }
 """Each page and its tables, by name of the records."""

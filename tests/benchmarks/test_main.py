@@ -36,7 +36,7 @@ def test_results_of_another_machine_are_taken_over(monkeypatch, tmp_path):
 
 def test_without_a_gpu_its_benchmarks_are_left_out(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert command._runnable() == ["drift", "constant cost", "scale"]
+    assert command._runnable() == ["drift", "constant cost", "scale", "engines"]
     assert "left out, for want of a CUDA device: attention, decode, training" in capsys.readouterr().err
 
 

@@ -54,4 +54,4 @@ def test_the_table_shows_the_ratio(device):
 def test_the_page_has_a_place_for_every_table():
     page = (report.ROOT / "docs" / "tensorrt.md").read_text()
     places = {line[11:-4] for line in page.splitlines() if line.startswith("<!-- begin ")}
-    assert places == set(performance.PLUGIN_TABLES)
+    assert places == set(report.PAGES["docs/tensorrt.md"]) > set(performance.PLUGIN_TABLES)
