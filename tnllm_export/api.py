@@ -1,19 +1,19 @@
 """The public functions and types: what the command line does, from Python.
 
-Optional runtimes, ONNX and matplotlib are imported when a function needs them, not before.
+What a function needs is imported when it is called, and a type when it is asked for, not before: an export should not
+wait for runtimes, nor a run for ONNX and matplotlib.
 """
 # ruff: noqa: PLC0415 - importing this module must stay quick
 
+from __future__ import annotations
+
+import importlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from tnllm_export.bench import BenchOptions, BenchReport, bench_bundle, check_page, write_page
-from tnllm_export.build import BuildResult, EngineOptions, build_engines
-from tnllm_export.build.options import parse_compute_capabilities
-from tnllm_export.bundle import DTYPES, Bundle, open_bundle
 from tnllm_export.errors import (
     BundleError,
     CheckpointError,
@@ -27,15 +27,18 @@ from tnllm_export.errors import (
     TnllmWarning,
     WriteError,
 )
-from tnllm_export.generate import Generation, Generator, Prompt, SamplingParams, Session, load_state, save_state
-from tnllm_export.inspection import Inspection, inspect
-from tnllm_export.models.checkpoint import load_model, open_checkpoint
-from tnllm_export.models.config import TransnormerConfig
-from tnllm_export.models.modeling import TransnormerForCausalLM
-from tnllm_export.models.tokenizer import Tokenizer, load_tokenizer
 from tnllm_export.progress import Progress, silent
-from tnllm_export.runtime import Runtime, RuntimeInfo, load_runtime
-from tnllm_export.verify import ParityReport, Workload
+
+if TYPE_CHECKING:
+    from tnllm_export.bench import BenchReport
+    from tnllm_export.build import BuildResult, EngineOptions
+    from tnllm_export.bundle import Bundle, open_bundle
+    from tnllm_export.generate import Generation, Generator, Prompt, SamplingParams, Session, load_state, save_state
+    from tnllm_export.inspection import Inspection, inspect
+    from tnllm_export.models.config import TransnormerConfig
+    from tnllm_export.models.modeling import TransnormerForCausalLM
+    from tnllm_export.runtime import Runtime, RuntimeInfo, load_runtime
+    from tnllm_export.verify import ParityReport, Workload
 
 __all__ = [
     "BenchReport",
@@ -82,6 +85,32 @@ __all__ = [
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
+_MODULES = {
+    "bench": ("BenchReport",),
+    "build": ("BuildResult", "EngineOptions"),
+    "bundle": ("Bundle", "open_bundle"),
+    "generate": ("Generation", "Generator", "SamplingParams", "Session", "load_state", "save_state"),
+    "inspection": ("Inspection", "inspect"),
+    "models.config": ("TransnormerConfig",),
+    "models.modeling": ("TransnormerForCausalLM",),
+    "runtime": ("Runtime", "RuntimeInfo", "load_runtime"),
+    "verify": ("ParityReport", "Workload"),
+}
+"""Where the names are that come from elsewhere."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            found = getattr(importlib.import_module(f"tnllm_export.{module}"), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 def load(checkpoint: Path | str, dtype: Dtype = "float32") -> TransnormerForCausalLM:
     """Load a checkpoint folder as the eager model, in evaluation mode.
@@ -94,6 +123,9 @@ def load(checkpoint: Path | str, dtype: Dtype = "float32") -> TransnormerForCaus
         CheckpointError: The checkpoint can't be used.
         ConfigError: An unknown dtype, or a broken configuration.
     """
+    from tnllm_export.bundle import DTYPES
+    from tnllm_export.models.checkpoint import load_model, open_checkpoint
+
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ConfigError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16")
     return load_model(open_checkpoint(Path(checkpoint)), DTYPES[dtype])
@@ -175,7 +207,9 @@ def build(
         EngineError: An option or this bundle does not fit, or TensorRT refused.
         WriteError: Disk full, no permission.
     """
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), progress=progress)
+    from tnllm_export.build import EngineOptions, build_engines
+
+    opened = _opened(bundle, progress)
     return build_engines(opened, target, options or EngineOptions(), rebuild=rebuild, progress=progress)
 
 
@@ -206,6 +240,8 @@ def build_plugin(
         EngineError: No compiler, no headers, no Triton, or an error of a compiler.
         WriteError: The library can't be written.
     """
+    from tnllm_export.build.options import parse_compute_capabilities
+    from tnllm_export.bundle import Bundle, open_bundle
     from tnllm_export.plugins.build import PluginOptions, build_plugin
 
     options = PluginOptions()
@@ -280,11 +316,11 @@ def bench(
     runtimes: Sequence[str] = (),
     *,
     device: str | None = None,
-    prompt_lengths: Sequence[int] = BenchOptions.prompt_lengths,
-    contexts: Sequence[int] = BenchOptions.contexts,
-    batches: Sequence[int] = BenchOptions.batches,
-    tokens: int = BenchOptions.tokens,
-    time_limit: float = BenchOptions.time_limit,
+    prompt_lengths: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
+    batches: Sequence[int] | None = None,
+    tokens: int | None = None,
+    time_limit: float | None = None,
     threads: int | None = None,
     output: Path | str | None = None,
     progress: Progress = silent,
@@ -295,7 +331,7 @@ def bench(
         bundle: The bundle or its folder.
         runtimes: Their names; default: all that have a target on the device.
         device: "cpu" or "cuda"; default: "cuda" where PyTorch finds one.
-        prompt_lengths: Prompts of one sequence, in tokens.
+        prompt_lengths: Prompts of one sequence, in tokens. Default of this and the next four: see `BenchOptions`.
         contexts: Tokens before the decoded ones, for one sequence.
         batches: Sequences that are decoded together, after the first of `contexts`.
         tokens: Tokens decoded in each case.
@@ -314,7 +350,16 @@ def bench(
         RequestError: An option out of its range.
         WriteError: The page can't be written.
     """
-    options = BenchOptions(tuple(prompt_lengths), tuple(contexts), tuple(batches), tokens, time_limit)
+    from tnllm_export.bench import BenchOptions, bench_bundle, check_page, write_page
+
+    chosen: dict[str, Any] = {
+        "prompt_lengths": None if prompt_lengths is None else tuple(prompt_lengths),
+        "contexts": None if contexts is None else tuple(contexts),
+        "batches": None if batches is None else tuple(batches),
+        "tokens": tokens,
+        "time_limit": time_limit,
+    }
+    options = replace(BenchOptions(), **{name: value for name, value in chosen.items() if value is not None})
     page = None if output is None else check_page(Path(output))
     report = bench_bundle(bundle, tuple(runtimes), device=device, options=options, threads=threads, progress=progress)
     if page is not None:
@@ -348,8 +393,12 @@ def generator(
         RuntimeTargetError: The runtime can't run it.
         TokenizerError: The bundle's tokenizer can't be read.
     """
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), progress=progress)
-    tokenizer: Tokenizer | None = None
+    from tnllm_export.generate import Generator
+    from tnllm_export.models.tokenizer import load_tokenizer
+    from tnllm_export.runtime import load_runtime
+
+    opened = _opened(bundle, progress)
+    tokenizer = None
     if opened.tokenizer_path is not None:
         tokenizer = load_tokenizer(opened.tokenizer_path, opened.manifest.config.vocab_size)
     loaded = load_runtime(opened, runtime, device=device, threads=threads) if isinstance(runtime, str) else runtime
@@ -372,4 +421,12 @@ def generate(
         RuntimeTargetError: The runtime can't run it.
         RequestError: A prompt or sampling parameter that can't be used.
     """
+    from tnllm_export.generate import SamplingParams
+
     return generator(bundle, runtime).generate(prompt, SamplingParams(**sampling))[0]
+
+
+def _opened(bundle: Bundle | Path | str, progress: Progress) -> Bundle:
+    from tnllm_export.bundle import Bundle, open_bundle
+
+    return bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), progress=progress)

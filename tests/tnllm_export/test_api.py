@@ -74,7 +74,7 @@ def test_every_public_function_and_type_is_documented():
     [
         ("tnllm_export", {"torch", "onnx", "onnxruntime", "matplotlib", "numpy"}),
         ("tnllm_export.cli.main", {"torch", "onnx", "onnxruntime", "matplotlib", "numpy"}),
-        ("tnllm_export.api", {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib", "tokenizers"}),
+        ("tnllm_export.api", {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib", "tokenizers"}),
     ],
 )
 def test_importing_is_quick(module, forbidden):
