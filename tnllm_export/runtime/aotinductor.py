@@ -7,6 +7,7 @@ place and runs as a CUDA graph.
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Self, cast
 
@@ -14,10 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tnllm_export.bundle import Bundle
+from tnllm_export.bundle import DTYPES, Bundle
 from tnllm_export.bundle.engines import CONSTANTS, PACKAGE_SUFFIX, EngineSet, engines_of, host_device, is_current
 from tnllm_export.errors import EngineMismatchError, EngineMissingError, RuntimeTargetError, UnsupportedTargetError
 from tnllm_export.models.config import TransnormerConfig
+from tnllm_export.runtime.aotinductor_constants import bundle_name, check_constants, free_memory
 from tnllm_export.runtime.cuda_graphs import DecodeGraphs, GraphState
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
 from tnllm_export.runtime.protocol import RuntimeInfo, State
@@ -26,8 +28,6 @@ from tnllm_export.runtime.support import check_supported, weights_id
 from tnllm_export.runtime.validation import check_decode, check_prefill
 
 NAME = "aotinductor"
-MODEL = "causal_lm."
-"""What packages write before the weights' names."""
 
 
 class AotInductorRuntime:
@@ -51,7 +51,8 @@ class AotInductorRuntime:
         Raises:
             UnsupportedTargetError: There is no CUDA device.
             EngineMissingError: The bundle has no packages for the device.
-            EngineMismatchError: They are damaged, of another PyTorch, or for another CPU or GPU.
+            EngineMismatchError: They are damaged, of another PyTorch, or for another CPU or GPU; or a weight is not of
+                the model's shape and dtype.
             DeviceMemoryError: The weights do not fit into the GPU's memory.
         """
         check_supported(bundle, NAME, device)
@@ -68,6 +69,7 @@ class AotInductorRuntime:
                 with safe_open(path, framework="pt", device=str(place)) as file:
                     constants |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
         manifest = bundle.manifest
+        check_constants(constants, manifest.config, DTYPES[manifest.dtype], str(bundle.weights_path))
         info = RuntimeInfo(
             name=NAME,
             device=device,
@@ -76,7 +78,14 @@ class AotInductorRuntime:
             logits=manifest.logits,
             weights_id=weights_id(bundle),
         )
-        return cls(info, Package(packages, "prefill", constants), Package(packages, "decode", constants), place)
+        runtime = cls(
+            info, Package(packages, "prefill", constants, place), Package(packages, "decode", constants, place), place
+        )
+        if place.type == "cuda":
+            # PyTorch never gives back its references to tensors that it was told not to manage. (On the CPU they are
+            # mappings of files, which cost no memory.)
+            weakref.finalize(runtime, free_memory, list(constants.values())).atexit = False
+        return runtime
 
     @property
     def info(self) -> RuntimeInfo:
@@ -131,23 +140,28 @@ class AotInductorRuntime:
 class Package:
     """One compiled program over weights that others may use too; they are kept alive here."""
 
-    def __init__(self, packages: EngineSet, program: str, constants: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, packages: EngineSet, program: str, constants: Mapping[str, Tensor], device: torch.device
+    ) -> None:
         """Load a package.
 
         Args:
             packages: The pair that it is of.
             program: "prefill" or "decode".
-            constants: Weights and decay rates by their names in the bundle, on the device.
+            constants: Weights and decay rates by their names in the bundle, on the device and of the shapes and dtypes
+                that were compiled: nothing below looks at them.
+            device: Where it runs; a CUDA device with its index.
 
         Raises:
             EngineMismatchError: PyTorch refuses it, or it needs a weight that there is not.
         """
         self._path = packages.path / f"{program}{PACKAGE_SUFFIX}"
         with self._naming_the_package("refuses it", EngineMismatchError, "; build again with `tnllm build`"):
-            model = _load(str(self._path))
-            names = {name: _bundle_name(name, constants) for name in model.get_constant_fqns()}
-            self._constants = {name: constants[stored] for name, stored in names.items()}
-            model.load_constants(self._constants, check_full_update=True, user_managed=True)
+            with _current(device):
+                model = _load(str(self._path), device)
+                names = {name: bundle_name(name, constants) for name in model.get_constant_fqns()}
+                self._constants = {name: constants[stored] for name, stored in names.items()}
+                model.load_constants(self._constants, check_full_update=True, user_managed=True)
             self._loader = model.loader  # what it adds, call after call, is the parsing of argument trees
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -242,19 +256,19 @@ def _place(device: str) -> tuple[torch.device, str]:
     return torch.device("cuda", torch.cuda.current_device()), f"{torch.cuda.get_device_name()} ({major}.{minor})"
 
 
-def _load(path: str) -> Any:
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a CUDA device the current one for a while: a package that is loaded for another changes that for good."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _load(path: str, device: torch.device) -> Any:
     """Load a package, to be run without locks between threads: those could not be captured."""
     from torch._inductor import aoti_load_package
 
+    index = -1 if device.index is None else device.index
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Inductor's own deprecations
-        return aoti_load_package(path, run_single_threaded=True)
-
-
-def _bundle_name(name: str, constants: Mapping[str, Tensor]) -> str:
-    """The bundle's name of a package's constant; the head is the embedding where the bundle has no head."""
-    stored = name.removeprefix(MODEL)
-    return "model.embed_tokens.weight" if stored == "lm_head.weight" and stored not in constants else stored
+        return aoti_load_package(path, run_single_threaded=True, device_index=index)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,11 +1,13 @@
 """AOTInductor packages: what is in them, what they are refused for, and that they read the bundle's weights."""
 
+import gc
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._inductor import config as inductor_config
 
 from tnllm_export import inspection
 from tnllm_export.build import EngineOptions, build_engines
@@ -24,6 +26,7 @@ from tnllm_export.errors import (
 from tnllm_export.export import export_bundle
 from tnllm_export.runtime import Runtime, load_runtime
 from tnllm_export.runtime.aotinductor import check_fits
+from tnllm_export.runtime.aotinductor_constants import free_memory
 from tnllm_export.verify import verify_bundle
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -94,6 +97,44 @@ def test_other_weights_answer_otherwise_without_a_build(own):
     loaded = load_runtime(Bundle(own.path, own.manifest), "aotinductor", device="cpu")
     after = first_token(loaded)
     assert (after - before).norm() > 0.01 * before.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensor: tensor[:-1].contiguous(), "is float32 [79, 48], not float32 [80, 48]; put the model's own"),
+        (lambda tensor: tensor.half(), "is float16 [80, 48], not float32 [80, 48]; put the model's own"),
+        (None, "no tensor model.layers.1.channel_mixer.l1.weight; put the model's own"),
+    ],
+)
+def test_weights_that_the_code_was_not_compiled_for_are_named(own, change, words):
+    weights = load_file(own.weights_path)
+    name = "model.layers.1.channel_mixer.l1.weight"
+    tensor = weights.pop(name)
+    save_file(weights | ({name: change(tensor)} if change else {}), own.weights_path)
+    with pytest.raises(EngineMismatchError) as caught:
+        load_runtime(Bundle(own.path, own.manifest), "aotinductor", device="cpu")
+    assert f"{own.weights_path}: " in one_line(caught)
+    assert words in one_line(caught)
+
+
+def test_memory_is_given_back_although_references_are_left():
+    weights = [torch.zeros(4, 5), torch.zeros(3)]
+    left = [weight.T for weight in weights[:1]]
+    free_memory(weights)
+    assert [tensor.untyped_storage().nbytes() for tensor in (*weights, *left)] == [0, 0, 0]
+
+
+@pytest.mark.gpu
+def test_a_runtime_that_is_let_go_leaves_no_weights_on_the_gpu(packaged):
+    load_runtime(packaged("cuda"), "aotinductor", device="cuda")
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    runtime = load_runtime(packaged("cuda"), "aotinductor", device="cuda")
+    assert torch.cuda.memory_allocated() > before
+    del runtime
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_both_programs_read_one_copy_of_the_weights(packaged):
@@ -210,5 +251,7 @@ def test_a_decode_that_fails_leaves_the_state_usable(packaged, monkeypatch):
 )
 def test_the_demo_checkpoint_passes_verification(tmp_path, device, dtype):
     bundle = export_bundle(checkpoint_folder(), tmp_path / "demo", dtype=dtype)
-    build_engines(bundle, "aotinductor", EngineOptions(device=device))
+    # Choosing vectors for its symbolic shapes takes minutes; the small model is compiled with them.
+    with inductor_config.patch({"cpp.simdlen": 1}):
+        build_engines(bundle, "aotinductor", EngineOptions(device=device))
     verify_bundle(bundle, "aotinductor", device=device, seed=0).require_pass()
