@@ -42,9 +42,10 @@ def bench(
 ) -> None:
     """Time a bundle on one or several runtimes, beside the roofline of the device.
 
-    Measures time to the first token, decode latency and peak memory, each beside what bytes and FLOPs take at the rates
-    that a copy and a matrix product have in the same run. Each runtime is verified first. Exits with 60 where one
-    differs from the eager model, and with 40 where none could be timed.
+    Time to the first token, decode latency and peak memory, each beside what
+    bytes and FLOPs take at the rates of a copy and a matrix product in the
+    same run. Each runtime is verified first. Exit code 60: one differs from
+    the eager model; 40: none could be timed.
     """
     with session(json_output) as current:
         from tnllm_export import api
