@@ -5,11 +5,11 @@ import io
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
+from tests.page import Page
 from tnllm_export.bench import write_page
 from tnllm_export.bench.digest import COLUMNS, sections
 from tnllm_export.bench.page import html_page
@@ -17,31 +17,6 @@ from tnllm_export.bench.report import terminal_report
 from tnllm_export.errors import WriteError
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-class Page(HTMLParser):
-    """Notes what a browser would load, and whether every element is closed."""
-
-    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
-
-    def __init__(self, text):
-        super().__init__()
-        self.loads, self.tags, self.open = [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.loads += [value for name, value in attributes if name in ("src", "href", "data", "action")]
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def test_the_page_needs_nothing_but_itself(report):

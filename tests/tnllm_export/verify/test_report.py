@@ -4,12 +4,12 @@ import copy
 import io
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from rich.console import Console
 
+from tests.page import Page
 from tnllm_export.runtime import TorchRuntime
 from tnllm_export.verify import Workload, verify_runtime
 from tnllm_export.verify.page import html_page
@@ -28,31 +28,6 @@ def failed(eager, model):
     broken = copy.deepcopy(model)
     broken.model.layers[1].channel_mixer.l3.weight.data.fill_(math.nan)
     return verify_runtime(TorchRuntime(broken), eager, workload=QUICK)
-
-
-class Page(HTMLParser):
-    """Notes what a browser would load, and whether every element is closed."""
-
-    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
-
-    def __init__(self, text):
-        super().__init__()
-        self.loads, self.tags, self.open = [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.loads += [value for name, value in attributes if name in ("src", "href", "data", "action")]
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 @pytest.mark.parametrize("name", ["passed", "failed"])
