@@ -15,40 +15,13 @@ from tnllm_export.kernels.lightning_attention.step import lightning_attention_st
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.decay import slope_rates
 from tnllm_export.models.modeling import GatedLinearAttention, Logits, TransnormerForCausalLM
+from tnllm_export.models.programs import DecodeProgram, PrefillProgram
 
 # Compilers specialise on sizes of 0 and 1: so there are several sequences, and several groups of several chunks.
 _B, _T = 2, 10 * CHUNK_SIZE + 1
 
 
-class _Prefill(nn.Module):
-    """input_ids [B, T], lengths [B], positions [B], states -> logits, new states."""
-
-    def __init__(self, model: TransnormerForCausalLM, logits: Logits) -> None:
-        super().__init__()
-        self.causal_lm = model
-        self.logits = logits
-
-    def forward(
-        self, input_ids: Tensor, lengths: Tensor, positions: Tensor, past_state: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        answer: tuple[Tensor, list[Tensor]] = self.causal_lm(
-            input_ids, lengths, positions, past_state, logits=self.logits
-        )
-        return answer
-
-
-class _Decode(nn.Module):
-    """input_ids [B, 1], positions [B], states -> logits, new states."""
-
-    def __init__(self, model: TransnormerForCausalLM) -> None:
-        super().__init__()
-        self.causal_lm = model
-
-    def forward(self, input_ids: Tensor, positions: Tensor, past_state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        return self.causal_lm.decode(input_ids, positions, past_state)
-
-
-class _DecodeInPlace(_Decode):
+class _DecodeInPlace(DecodeProgram):
     """input_ids [B, 1], positions [B], states -> logits; the new states are written over the old ones."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, past_state: list[Tensor]) -> Tensor:  # type: ignore[override]
@@ -87,13 +60,15 @@ class ProgramTracer:
         lengths = torch.full((_B,), _T, dtype=torch.int32, device=self._device)
         batch = {0: self._batch}
         shapes = ({0: self._batch, 1: self._time}, batch, batch, [batch] * len(self._state))
-        return self._trace(_Prefill(self._model, logits), (input_ids, lengths, self._positions, self._state), shapes)
+        return self._trace(
+            PrefillProgram(self._model, logits), (input_ids, lengths, self._positions, self._state), shapes
+        )
 
     def decode(self) -> ExportedProgram:
         """Trace decode, for CUDA with the states updated in place. Raises EngineBuildError as `prefill` does."""
         token = torch.zeros(_B, 1, dtype=torch.int64, device=self._device)
         batch = {0: self._batch}
-        module = _DecodeInPlace(self._model) if self._device.type == "cuda" else _Decode(self._model)
+        module = _DecodeInPlace(self._model) if self._device.type == "cuda" else DecodeProgram(self._model)
         return self._trace(module, (token, self._positions, self._state), (batch, batch, [batch] * len(self._state)))
 
     def _trace(self, module: nn.Module, arguments: Sequence[Any], shapes: Any) -> ExportedProgram:
@@ -115,9 +90,12 @@ class ProgramTracer:
         except (RuntimeError, ValueError, TypeError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise EngineBuildError(
-                f"torch {torch.__version__} could not trace {type(module).__name__.strip('_')} ({first_line}); build "
-                "with another version"
+                f"torch {torch.__version__} could not trace {_name(module)} ({first_line}); build with another version"
             ) from error
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__.removeprefix("_").removesuffix("Program")
 
 
 _OPS = getattr(torch.ops, NAMESPACE)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.export._trace  # now, not by the first call, which waits for the checkpoint
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
@@ -13,38 +13,9 @@ from torch.export import Dim, ExportedProgram
 from tnllm_export.errors import ExportError
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import Logits, TransnormerForCausalLM
+from tnllm_export.models.programs import DecodeProgram, PrefillProgram
 
 _B, _T = 2, 3  # any sizes but 0 and 1, which torch.export would specialise on
-
-
-class PrefillProgram(nn.Module):
-    """input_ids [B, T], lengths [B], positions [B], states -> logits, new states."""
-
-    def __init__(self, causal_lm: TransnormerForCausalLM, logits: Logits) -> None:
-        super().__init__()
-        self.causal_lm = causal_lm
-        self.logits = logits
-
-    def forward(
-        self, input_ids: Tensor, lengths: Tensor, positions: Tensor, past_state: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Feed many tokens."""
-        answer: tuple[Tensor, list[Tensor]] = self.causal_lm(
-            input_ids, lengths, positions, past_state, logits=self.logits
-        )
-        return answer
-
-
-class DecodeProgram(nn.Module):
-    """input_ids [B, 1], positions [B], states -> logits, new states."""
-
-    def __init__(self, causal_lm: TransnormerForCausalLM) -> None:
-        super().__init__()
-        self.causal_lm = causal_lm
-
-    def forward(self, input_ids: Tensor, positions: Tensor, past_state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Feed one token."""
-        return self.causal_lm.decode(input_ids, positions, past_state)
 
 
 class Tracer:
