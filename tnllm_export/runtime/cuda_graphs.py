@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tnllm_export.errors import RuntimeTargetError
@@ -60,7 +62,7 @@ Step = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Captured:
-    """A decode step with fixed inputs and outputs.
+    """A decode step, or a prefill, with fixed inputs and outputs.
 
     Attributes:
         replay: Runs it again, on the current stream.
@@ -165,7 +167,7 @@ class DecodeGraph:
         self._states = model.initial_state(batch)
         # Token ids and positions: one copy brings both.
         self._inputs = torch.zeros(2, batch, dtype=torch.int64, device=device)
-        self._staging = deque(_Staging(batch, on_gpu) for _ in range(STEPS_AHEAD))
+        self._staging = deque(Staging((2, batch), on_gpu) for _ in range(STEPS_AHEAD))
         self._step = step  # a captured call keeps none of its buffers alive
         input_ids, positions = self._inputs[0].unsqueeze(1), self._inputs[1]
         self._captured = capture(lambda: step(input_ids, positions, self._states))
@@ -197,7 +199,10 @@ class DecodeGraph:
         """Step the state that was admitted, and write logits [B, vocab] into `answer`, without waiting."""
         B = len(answer)
         if input_ids.is_cpu and positions.is_cpu:
-            self._staging[0].send(input_ids, positions, self._inputs)
+            staged = self._staging[0].numbers()
+            staged[0, :B] = input_ids.numpy()[:, 0]
+            staged[1, :B] = positions.numpy()
+            self._staging[0].send(self._inputs)
             self._staging.rotate(-1)
         else:
             self._inputs[0, :B] = input_ids.squeeze(1)
@@ -216,21 +221,22 @@ class DecodeGraph:
         return None if occupant is None or occupant.consumed or occupant.graph is not self else occupant
 
 
-class _Staging:
-    """Pinned memory for the inputs of one step. numpy fills it: for a few numbers that is quicker than PyTorch."""
+class Staging:
+    """Pinned memory for inputs, int64. numpy fills it: for a few numbers that is quicker than PyTorch."""
 
-    def __init__(self, batch: int, on_gpu: bool) -> None:
-        self._tensor = torch.zeros(2, batch, dtype=torch.int64, pin_memory=on_gpu)
-        self._array = self._tensor.numpy()
+    def __init__(self, shape: tuple[int, ...], on_gpu: bool) -> None:
+        self._tensor = torch.zeros(shape, dtype=torch.int64, pin_memory=on_gpu)
+        self._array: NDArray[np.int64] = self._tensor.numpy()
         self._arrived = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
 
-    def send(self, input_ids: Tensor, positions: Tensor, inputs: Tensor) -> None:
-        """Start to copy ids [B, 1] and positions [B] to the device; waits where an earlier copy is not done."""
-        B = len(positions)
+    def numbers(self) -> NDArray[np.int64]:
+        """What will be sent, to be filled; waits where an earlier copy is not done."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        self._array[0, :B] = input_ids.numpy()[:, 0]
-        self._array[1, :B] = positions.numpy()
+        return self._array
+
+    def send(self, inputs: Tensor) -> None:
+        """Start to copy the numbers into `inputs` on the device."""
         inputs.copy_(self._tensor, non_blocking=True)
         if self._arrived is not None:
             self._arrived.record()
@@ -239,13 +245,23 @@ class _Staging:
 class CudaCapture:
     """Captures a call as a CUDA graph. All graphs share one pool of memory: they never run at the same time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, warm_ups: int = 2, reserve: int = 0) -> None:
+        """Make the captures of a device.
+
+        Args:
+            device: Where the calls run.
+            warm_ups: How often a call is run before it is captured, which compiles kernels and opens libraries.
+            reserve: Bytes that the pool takes at once, for the largest graph to come: in many small pieces, as
+                growing graphs ask for them, it would take more.
+        """
         self._device = device
+        self._warm_ups = warm_ups
+        self._reserve = reserve
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, call: Callable[[], Tensor]) -> Captured:
-        """Run the call twice, which compiles kernels and opens libraries, and capture it. Raises RuntimeTargetError."""
+        """Warm the call up and capture it. Raises RuntimeTargetError."""
         pool = self._pool or torch.cuda.graph_pool_handle()
         # One for all captures: libraries keep a workspace for each stream.
         self._stream = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -253,14 +269,16 @@ class CudaCapture:
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
-                call()
-                call()
+                for _ in range(self._warm_ups):
+                    call()
         finally:
             torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may allocate meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                if self._reserve and self._pool is None:
+                    torch.empty(self._reserve, dtype=torch.uint8, device=self._device)  # freed: the pool keeps it
                 logits = call()
         except torch.OutOfMemoryError:
             raise
@@ -269,8 +287,8 @@ class CudaCapture:
                 raise error.__context__ from None
             reason = " ".join(str(error).split())[:300]
             raise RuntimeTargetError(
-                f"the decode step could not be captured as a CUDA graph ({reason}); decode with TNLLM_KERNELS=pytorch, "
-                "or on the CPU"
+                f"the work could not be captured as a CUDA graph ({reason}); run it with TNLLM_KERNELS=pytorch, or on "
+                "the CPU"
             ) from error
         self._pool = pool  # one of a failed capture could not be shared
         return Captured(graph.replay, logits)

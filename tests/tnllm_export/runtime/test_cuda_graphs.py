@@ -250,7 +250,7 @@ def test_a_step_that_cannot_be_captured_is_refused_in_one_line(monkeypatch: pyte
     with pytest.raises(RuntimeTargetError) as caught:
         capture(lambda: torch.zeros(1))
     assert "\n" not in str(caught.value)
-    assert "(operation not permitted when stream is capturing); decode with TNLLM_KERNELS=pytorch" in str(caught.value)
+    assert "(operation not permitted when stream is capturing); run it with TNLLM_KERNELS=pytorch" in str(caught.value)
     cuda.end = torch.OutOfMemoryError("CUDA out of memory.")
     with pytest.raises(torch.OutOfMemoryError):
         capture(lambda: torch.zeros(1))
