@@ -48,7 +48,7 @@ from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.progress import Progress, silent
 from tnllm_export.runtime import TorchRuntime
-from tnllm_export.runtime.cuda_graphs import decode_step
+from tnllm_export.runtime.decode_graphs import decode_step
 
 NAME = "inference"
 

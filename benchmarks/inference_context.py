@@ -22,7 +22,7 @@ from benchmarks.names import DEVICE_ONLY, HOST, INFERENCE, INFERENCE_ATTENTION, 
 from benchmarks.records import Record, gpu_versions
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime import TorchRuntime
-from tnllm_export.runtime.cuda_graphs import decode_step
+from tnllm_export.runtime.decode_graphs import decode_step
 
 ATTENTION_ERROR_LIMIT = 2e-2
 

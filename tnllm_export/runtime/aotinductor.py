@@ -20,7 +20,7 @@ from tnllm_export.bundle.engines import CONSTANTS, PACKAGE_SUFFIX, EngineSet, en
 from tnllm_export.errors import EngineMismatchError, EngineMissingError, RuntimeTargetError, UnsupportedTargetError
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.runtime.aotinductor_constants import bundle_name, check_constants, free_memory
-from tnllm_export.runtime.cuda_graphs import DecodeGraphs, GraphState
+from tnllm_export.runtime.decode_graphs import DecodeGraphs, GraphState
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
 from tnllm_export.runtime.protocol import RuntimeInfo, State
 from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors

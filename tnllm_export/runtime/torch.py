@@ -14,7 +14,8 @@ from tnllm_export.errors import UnsupportedTargetError
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.decay import slope_rates
 from tnllm_export.models.modeling import GatedLinearAttention, Logits, TransnormerForCausalLM
-from tnllm_export.runtime.cuda_graphs import Capture, DecodeGraphs, GraphState
+from tnllm_export.runtime.cuda_graphs import Capture
+from tnllm_export.runtime.decode_graphs import DecodeGraphs, GraphState
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
 from tnllm_export.runtime.protocol import RuntimeInfo, State
 from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors
@@ -26,7 +27,7 @@ class TorchRuntime:
     """Runs `TransnormerForCausalLM` under `torch.inference_mode`; the model is used as it is, on its device.
 
     A float64 model works too: its states and logits are float64. Logits stay on the device. A state that was decoded on
-    CUDA lives in its graph (see `cuda_graphs`): of as many bytes as weights and one state, little more is used.
+    CUDA lives in its graph (see `decode_graphs`): of as many bytes as weights and one state, little more is used.
     """
 
     def __init__(

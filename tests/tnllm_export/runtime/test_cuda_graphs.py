@@ -14,7 +14,8 @@ from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.fused_decode import FusedDecoder
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime import State, TorchRuntime
-from tnllm_export.runtime.cuda_graphs import MOST_GRAPHS, Captured, CudaCapture, decode_step, graph_batch
+from tnllm_export.runtime.cuda_graphs import Captured, CudaCapture
+from tnllm_export.runtime.decode_graphs import MOST_GRAPHS, decode_step, graph_batch
 
 
 class Capture:
