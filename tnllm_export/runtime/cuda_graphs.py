@@ -1,6 +1,7 @@
 """Work captured as CUDA graphs, and pinned memory through which its inputs come."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,3 +100,8 @@ class CudaCapture:
             ) from error
         self._pool = pool  # one of a failed capture could not be shared
         return Captured(graph.replay, logits)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a CUDA device the current one for a while."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

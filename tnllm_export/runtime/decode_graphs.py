@@ -10,7 +10,6 @@ decoded in turns cost two copies of a state per step (0.06 ms for the 65 MB of t
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol, cast
 
@@ -21,7 +20,7 @@ from tnllm_export.kernels.dispatch import Choice, kernel_choice
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.fused_decode import FusedDecoder
 from tnllm_export.models.modeling import TransnormerForCausalLM
-from tnllm_export.runtime.cuda_graphs import Capture, CudaCapture, Staging
+from tnllm_export.runtime.cuda_graphs import Capture, CudaCapture, Staging, on_device
 from tnllm_export.runtime.device_memory import gibibytes, reporting_out_of_memory
 from tnllm_export.runtime.state import StateHandle
 
@@ -102,7 +101,7 @@ class DecodeGraphs:
             DeviceMemoryError: The GPU's memory does not suffice.
             RuntimeTargetError: The step could not be captured.
         """
-        with self._guard():
+        with on_device(self._device):
             graph = self._graph(state.batch)
             with reporting_out_of_memory(self._device, "decode", "let go of states that are not needed any more"):
                 answer = graph.empty_answer(state.batch)
@@ -130,9 +129,6 @@ class DecodeGraphs:
         way_out = "decode fewer sequences at once, or let go of states that are not needed any more"
         with reporting_out_of_memory(self._device, work, way_out):
             return DecodeGraph(self._model, self._make_step(batch), batch, self._capture)
-
-    def _guard(self) -> AbstractContextManager[object]:
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
 
 class DecodeGraph:

@@ -1,6 +1,7 @@
-"""The PyTorch model as a runtime: on the CPU the truth that others are compared with, on CUDA with captured decode.
+"""The PyTorch model as a runtime: on the CPU the truth that others are compared with, on CUDA with CUDA graphs.
 
-On CUDA, prefill runs eagerly, with Triton kernels and any number of tokens at once; decode is a CUDA graph.
+On CUDA, decode is a CUDA graph, and so is prefill of a short prompt whose size comes again; with Triton kernels, it
+runs any number of tokens at once.
 """
 
 from typing import Literal, Self, cast
@@ -17,6 +18,7 @@ from tnllm_export.models.modeling import GatedLinearAttention, Logits, Transnorm
 from tnllm_export.runtime.cuda_graphs import Capture
 from tnllm_export.runtime.decode_graphs import DecodeGraphs, GraphState
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
+from tnllm_export.runtime.prefill_graphs import PrefillGraphs
 from tnllm_export.runtime.protocol import RuntimeInfo, State
 from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors
 from tnllm_export.runtime.support import check_supported, weights_id
@@ -44,14 +46,19 @@ class TorchRuntime:
             model: What is run.
             logits: Which logits `prefill` returns.
             weights_id: Which weights these are.
-            capture: How decode steps are captured: "auto" as CUDA graphs on a CUDA device, None not at all.
+            capture: How decode steps and short prompts are captured: "auto" as CUDA graphs on a CUDA device, None not
+                at all.
         """
         weight = model.lm_head.weight
         self._model = model
         self._device = weight.device
         self._graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
         if capture is not None and (capture != "auto" or weight.device.type == "cuda"):
-            self._graphs = DecodeGraphs(model, None if capture == "auto" else capture)
+            chosen = None if capture == "auto" else capture
+            self._graphs = DecodeGraphs(model, chosen)
+            if logits == "last":  # those of all tokens alone would take more memory than all else in a graph
+                self._prefill_graphs = PrefillGraphs(model, chosen)
         self._logits: Logits = logits
         self._info = RuntimeInfo(
             name="torch",
@@ -109,6 +116,9 @@ class TorchRuntime:
         check_prefill(self._info.config.vocab_size, input_ids, lengths, positions)
         B, T = input_ids.shape
         handle = check_handle(self, state, B)
+        if self._prefill_graphs is not None and self._prefill_graphs.take(B, T):
+            logits, present = self._prefill_graphs.prefill(input_ids, lengths, positions, handle)
+            return logits, GraphState(self, present)
         with reporting_out_of_memory(
             self._device, f"prefill of {B} x {T} tokens", "feed the prompt in smaller pieces (--prefill-chunk)"
         ):
