@@ -1,42 +1,21 @@
 """Decode by captured steps: whose state lives where, what it costs, and what is left when something fails."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.tnllm_export.runtime.fake_graphs import captured_on_the_cpu
+from tests.tnllm_export.runtime.fake_graphs import Capture
 from tnllm_export.errors import DeviceMemoryError, PromptError, RuntimeTargetError, StateError
 from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.fused_decode import FusedDecoder
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime import State, TorchRuntime
-from tnllm_export.runtime.cuda_graphs import Captured, CudaCapture
+from tnllm_export.runtime.cuda_graphs import CudaCapture
 from tnllm_export.runtime.decode_graphs import MOST_GRAPHS, decode_step, graph_batch
-
-
-class Capture:
-    """Counts captures and replays; fails when it is told to."""
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-        self.replays = 0
-        self.error: Exception | None = None
-
-    def __call__(self, call: Callable[[], Tensor]) -> Captured:
-        if self.error is not None:
-            raise self.error
-        captured = captured_on_the_cpu(call)
-        self.batches.append(len(captured.logits))
-
-        def replay() -> None:
-            self.replays += 1
-            captured.replay()
-
-        return Captured(replay, captured.logits)
 
 
 @pytest.fixture
