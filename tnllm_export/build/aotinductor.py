@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save
 from torch.export import ExportedProgram
 
+from tnllm_export.build.aotinductor_linking import linking_the_loaded_library
 from tnllm_export.build.aotinductor_programs import ProgramTracer
 from tnllm_export.bundle import DTYPES, Bundle
 from tnllm_export.bundle.engines import (
@@ -31,13 +32,14 @@ from tnllm_export.bundle.engines import (
     host_device,
     writing_engines,
 )
+from tnllm_export.bundle.native_code import libraries_with_own_standard_library
 from tnllm_export.errors import EngineBuildError, EngineMismatchError
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.decay import slope_rates
 from tnllm_export.progress import Progress, silent
 
 TARGET = "aotinductor"
-RECIPE = 1
+RECIPE = 2
 """Raised when the same bundle shall lead to other packages."""
 
 
@@ -87,15 +89,28 @@ def _compile(program: ExportedProgram, name: str, folder: Path) -> Path:
         "aot_inductor.precompile_headers": False,
     }
     try:
-        with _quiet():
-            path = aoti_compile_and_package(program, package_path=str(folder / f"{name}.pt2"), inductor_configs=options)
+        with _quiet(), linking_the_loaded_library() as linking:
+            path = aoti_compile_and_package(
+                program, package_path=str(folder / f"{name}.pt2"), inductor_configs=options | linking
+            )
     except (InductorError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise EngineBuildError(
             f"torch {torch.__version__} could not compile {name} ({lines[0]}); build with another version, or use the "
             "runtime torch"
         ) from error
+    _check_linking(Path(path))
     return Path(path)
+
+
+def _check_linking(package: Path) -> None:
+    """Check that a package can be loaded: a process that loads code with a libstdc++ of its own crashes."""
+    if libraries_with_own_standard_library(package):
+        raise EngineBuildError(
+            f"{_compiler()} linked {package.name} with a C++ standard library of its own, not with a shared libstdc++, "
+            "and whoever loads it crashes; install the compiler's shared libstdc++, take -static-libstdc++ out of its "
+            "options, or name another compiler by CXX"
+        )
 
 
 @contextlib.contextmanager
@@ -140,11 +155,15 @@ def _device(device: str) -> str:
 
 
 def _check_compiler() -> None:
-    compiler = os.environ.get("CXX", "g++")
+    compiler = _compiler()
     if shutil.which(compiler) is None:
         raise EngineBuildError(
             f"found no C++ compiler {compiler!r}, which a build needs; install g++, or name another by CXX"
         )
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
 def _decay_rates(config: TransnormerConfig) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tnllm_export.bundle import DTYPES, Bundle
 from tnllm_export.bundle.engines import CONSTANTS, PACKAGE_SUFFIX, EngineSet, engines_of, host_device, is_current
+from tnllm_export.bundle.native_code import libraries_with_own_standard_library
 from tnllm_export.errors import EngineMismatchError, EngineMissingError, RuntimeTargetError, UnsupportedTargetError
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.runtime.aotinductor_constants import bundle_name, check_constants, free_memory
@@ -153,9 +154,14 @@ class Package:
             device: Where it runs; a CUDA device with its index.
 
         Raises:
-            EngineMismatchError: PyTorch refuses it, or it needs a weight that there is not.
+            EngineMismatchError: PyTorch refuses it or would crash, or it needs a weight that there is not.
         """
         self._path = packages.path / f"{program}{PACKAGE_SUFFIX}"
+        if libraries_with_own_standard_library(self._path):
+            raise EngineMismatchError(
+                f"{self._path}: its code has a C++ standard library of its own, linked statically, and would crash "
+                f"this process; build again with `tnllm build --target {NAME} --device {device.type}`"
+            )
         with self._naming_the_package("refuses it", EngineMismatchError, "; build again with `tnllm build`"):
             with _current(device):
                 model = _load(str(self._path), device)

@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ from tnllm_export.errors import (
 )
 from tnllm_export.export import export_bundle
 from tnllm_export.runtime import Runtime, load_runtime
-from tnllm_export.runtime.aotinductor import check_fits
+from tnllm_export.runtime.aotinductor import Package, check_fits
 from tnllm_export.runtime.aotinductor_constants import free_memory
 from tnllm_export.verify import verify_bundle
 
@@ -181,6 +183,19 @@ def test_a_corrupt_package_is_named(own):
     with pytest.raises(EngineMismatchError) as caught:
         load_runtime(own, "aotinductor", device="cpu")
     assert f"{path}: missing or not as it was built; build again" in one_line(caught)
+
+
+def test_a_package_that_would_crash_the_process_is_refused_before_it_is_loaded(own, tmp_path):
+    (tmp_path / "code.cpp").write_text("#include <string>\nvoid f(std::string& text) { text += text; }\n")
+    command = ["g++", "-shared", "-fPIC", "-static-libstdc++", "code.cpp", "-o", "code.so"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    packages = packages_of(own)
+    with zipfile.ZipFile(packages.path / "decode.pt2", "w") as archive:
+        archive.write(tmp_path / "code.so", "data/aotinductor/model/code.so")
+    with pytest.raises(EngineMismatchError) as caught:
+        Package(packages, "decode", {}, torch.device("cpu"))
+    assert "decode.pt2: its code has a C++ standard library of its own, linked statically" in one_line(caught)
+    assert "build again with `tnllm build --target aotinductor --device cpu`" in one_line(caught)
 
 
 @pytest.mark.parametrize(
