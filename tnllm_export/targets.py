@@ -11,6 +11,7 @@ class EngineTarget:
         module: The Python package that builds and runs them.
         extra: The extra of this package that installs it.
         needs_gpu: Whether a build needs the GPU that it is for.
+        placeholders: Whether stripped engines are built without the weights, from their types and sizes.
         capabilities: Compute capabilities that an engine runs on where none are asked for.
         later: And every compute capability from this one on.
     """
@@ -18,6 +19,7 @@ class EngineTarget:
     module: str
     extra: str
     needs_gpu: bool
+    placeholders: bool = False
     capabilities: tuple[str, ...] = ()
     later: str | None = None
 
@@ -103,7 +105,12 @@ TARGETS: tuple[Target, ...] = (
         ("float16", "bfloat16", "float32"),
         ("matmul", "plugin"),
         engine=EngineTarget(
-            "tensorrt_rtx", "tensorrt-rtx", needs_gpu=False, capabilities=("8.0", "8.6", "8.9"), later="12.0"
+            "tensorrt_rtx",
+            "tensorrt-rtx",
+            needs_gpu=False,
+            placeholders=True,
+            capabilities=("8.0", "8.6", "8.9"),
+            later="12.0",
         ),
     ),
     Target(

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from tnllm_export.build.monitor import Phases, make_monitor
-from tnllm_export.build.network import add_profile, parse_network, read_graph
+from tnllm_export.build.network import add_profile, make_weights_inputs, parse_network, put_placeholders, read_graph
 from tnllm_export.build.options import EngineOptions, resolve_compute_capabilities
 from tnllm_export.errors import EngineBuildError
 from tnllm_export.progress import Progress
+from tnllm_export.targets import EngineTarget
 from tnllm_export.tensorrt import last_error, logger
 
 _PIECE_BYTES = 1 << 24
@@ -26,12 +27,19 @@ def make_builder(trt: Any) -> Any:
 
 
 def build_engine(
-    trt: Any, graph: Path, program: str, options: EngineOptions, progress: Progress, write: Callable[[bytes], None]
+    trt: Any,
+    target: EngineTarget,
+    graph: Path,
+    program: str,
+    options: EngineOptions,
+    progress: Progress,
+    write: Callable[[bytes], None],
 ) -> None:
     """Build the engine of one graph.
 
     Args:
         trt: TensorRT's package, with our plugins registered where the graph needs them.
+        target: What it can do.
         graph: Path of the graph, with the weights beside it.
         program: "prefill" or "decode".
         options: How.
@@ -44,16 +52,23 @@ def build_engine(
     stage = f"building the {program} engine"
     progress(stage, 0, 1000)
     builder = make_builder(trt)
-    network = parse_network(trt, builder, read_graph(graph, options.weights), graph)
+    model = read_graph(graph)
+    placeholders = options.weights == "stripped" and target.placeholders
+    outside = make_weights_inputs(model) if options.weights == "external" or placeholders else frozenset()
+    network = parse_network(trt, builder, model, graph)
+    if placeholders:
+        put_placeholders(trt, network, outside)
     config = builder.create_builder_config()
     add_profile(builder, config, network, options.profile)
-    targets = resolve_compute_capabilities(trt, options.compute_capabilities)
-    if targets:
-        config.num_compute_capabilities = len(targets)
-        for place, target in enumerate(targets):
-            config.set_compute_capability(target, place)
+    capabilities = resolve_compute_capabilities(trt, options.compute_capabilities)
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for place, capability in enumerate(capabilities):
+            config.set_compute_capability(capability, place)
     if options.weights == "stripped":
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if placeholders:
+        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
     if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
     # Names of layers are names of modules: wanted by `tnllm inspect` and by profilers, and a matter of kilobytes.

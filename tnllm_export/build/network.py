@@ -1,10 +1,12 @@
 """From a bundle's graph to a strongly typed TensorRT network."""
 # ruff: noqa: PLC0415 - onnx is imported when there is a graph to read
 
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnllm_export.bundle.engines import ProfileRecord, WeightsMode
+from tnllm_export.bundle.engines import ProfileRecord
 from tnllm_export.errors import EngineBuildError
 from tnllm_export.kernels.contract import NAMESPACE
 from tnllm_export.tensorrt import last_error, logger
@@ -16,25 +18,29 @@ BATCH, TIME = "batch", "time"
 """Names of the graphs' symbolic dimensions."""
 
 
-def read_graph(path: Path, weights: WeightsMode) -> "ModelProto":
+def read_graph(path: Path) -> "ModelProto":
     """Read a graph as TensorRT shall see it, without its weights.
 
-    Function bodies are left out: TensorRT would import them instead of the plugin of the same name. With external
-    weights every initializer outside the file becomes an input.
+    Function bodies are left out: TensorRT would import them instead of the plugin of the same name.
     """
     import onnx
-    from onnx import helper
 
     model: ModelProto = onnx.load(str(path), load_external_data=False)
     del model.functions[:]
-    if weights == "external":
-        inside = [tensor for tensor in model.graph.initializer if not tensor.external_data]
-        for tensor in model.graph.initializer:
-            if tensor.external_data:
-                model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(inside)
     return model
+
+
+def make_weights_inputs(model: "ModelProto") -> frozenset[str]:
+    """Make an input of every initializer that is stored outside the graph's file; return their names."""
+    from onnx import helper
+
+    outside = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    inside = [tensor for tensor in model.graph.initializer if not tensor.external_data]
+    for tensor in outside:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(inside)
+    return frozenset(tensor.name for tensor in outside)
 
 
 def plugin_nodes(model: "ModelProto") -> int:
@@ -67,6 +73,40 @@ def parse_network(trt: Any, builder: Any, model: "ModelProto", path: Path) -> An
             f"{path}: the network has {found} plugin layers; expected {expected}, one per model layer"
         )
     return network
+
+
+def put_placeholders(trt: Any, network: Any, names: Collection[str]) -> None:
+    """Put a constant of no content, named like it, in the place of each of the inputs `names`.
+
+    With STRIP_PLAN and REFIT_INDIVIDUAL this makes an engine that is refitted with weights of these names. Real weights
+    would do the same, but TensorRT-RTX computes with those while it builds, and only on a GPU.
+
+    Raises:
+        EngineBuildError: This TensorRT knows no constants without content.
+    """
+    ports = [network.get_input(place) for place in range(network.num_inputs)]
+    constants = {}
+    for port in ports:
+        if port.name in names:
+            shape = tuple(port.shape)
+            constant = network.add_constant(shape, trt.Weights(port.dtype, 0, math.prod(shape)))
+            # The name belongs to the layer's own weights: TensorRT has given them an address.
+            if constant is None or not network.set_weights_name(constant.weights, port.name):
+                raise EngineBuildError(
+                    f"weights can't be stripped: {trt.__name__} {trt.__version__} takes no placeholder for {port.name} "
+                    f"({last_error(trt)}); expected tensorrt_rtx 1.7 or later: install it, or keep the weights out of "
+                    "the engines with --weights external"
+                )
+            constants[port.name] = constant.get_output(0)
+    for place in range(network.num_layers):
+        layer = network.get_layer(place)
+        for slot in range(layer.num_inputs):
+            tensor = layer.get_input(slot)
+            if tensor is not None and tensor.name in constants:
+                layer.set_input(slot, constants[tensor.name])
+    for port in ports:
+        if port.name in constants:
+            network.remove_tensor(port)
 
 
 def add_profile(builder: Any, config: Any, network: Any, profile: ProfileRecord) -> None:

@@ -22,7 +22,7 @@ from tnllm_export.bundle.engines import (
 from tnllm_export.errors import EngineBuildError, EngineMismatchError
 from tnllm_export.progress import Progress, silent
 from tnllm_export.targets import TARGETS, Target
-from tnllm_export.tensorrt import engine_target, has_cuda_driver, import_tensorrt, library_checksum, load_plugins
+from tnllm_export.tensorrt import engine_target, import_tensorrt, library_checksum, load_plugins
 
 RECIPE = 1
 """Raised when the same options shall lead to other engines."""
@@ -65,11 +65,6 @@ def build_engines(
     options = replace(options, compute_capabilities=capabilities)
     trt = import_tensorrt(kind)
     resolve_compute_capabilities(trt, capabilities)
-    if options.weights == "stripped" and not has_cuda_driver():
-        raise EngineBuildError(
-            f"weights can't be stripped here: {trt.__name__} needs a CUDA driver for it, and there is none; build on "
-            "a machine with a GPU, or keep the weights out of the engines with --weights external"
-        )
     if kind.needs_gpu:
         make_builder(trt)  # for its message: what follows asks torch about the GPU
     spec = _spec(bundle, target, options, trt.__version__, _device() if kind.needs_gpu else "")
@@ -84,7 +79,7 @@ def build_engines(
         load_plugins(trt, options.plugin_library)
     with writing_engines(bundle.path, spec) as writer:
         for program, graph in (("prefill", bundle.prefill_path), ("decode", bundle.decode_path)):
-            writer.write(program, partial(build_engine, trt, graph, program, options, progress))
+            writer.write(program, partial(build_engine, trt, kind, graph, program, options, progress))
         if options.plugin_library is not None and not options.embed_plugin:
             writer.copy_plugin_library(options.plugin_library)
         return BuildResult(writer.commit(time.monotonic() - started), cached=False)
@@ -119,6 +114,8 @@ def _check_bundle(bundle: Bundle, target: Target, options: EngineOptions) -> Non
 def _spec(bundle: Bundle, target: str, options: EngineOptions, version: str, device: str) -> EngineSpec:
     manifest = bundle.manifest
     library = options.plugin_library
+    # Weights that the build never saw shape nothing but what the graphs say of them.
+    unseen = options.weights == "external" or (options.weights == "stripped" and engine_target(target).placeholders)
     return EngineSpec(
         recipe=RECIPE,
         target=target,
@@ -126,8 +123,7 @@ def _spec(bundle: Bundle, target: str, options: EngineOptions, version: str, dev
         device=device,
         compute_capabilities=options.compute_capabilities,
         graphs=graph_checksums(manifest),
-        # External weights shape nothing but the inputs, and the graphs hold these shapes.
-        weights_sha256="" if options.weights == "external" else manifest.files[manifest.weights].sha256,
+        weights_sha256="" if unseen else manifest.files[manifest.weights].sha256,
         dtype=manifest.dtype,
         lowering=manifest.lowering,
         weights=options.weights,

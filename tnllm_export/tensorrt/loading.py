@@ -60,14 +60,6 @@ def check_plugins_are_possible(trt: Any) -> None:
         ) from error
 
 
-def has_cuda_driver() -> bool:
-    """Whether the CUDA driver's library can be opened here."""
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libcuda.so.1")
-        return True
-    return False
-
-
 @functools.cache
 def logger(trt: Any) -> Any:
     """Return the one logger of a package, a `trt.ILogger` with a list `errors`.

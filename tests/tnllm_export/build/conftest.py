@@ -27,9 +27,9 @@ MODELS = {
     "tiny": TransnormerConfig(
         vocab_size=97, decoder_embed_dim=48, decoder_layers=2, decoder_attention_heads=3, glu_dim=80, init_std=0.2
     ),
-    # Weights outweigh all else in an engine, as in a real model.
+    # Weights outweigh all else in an engine, as in a real model. Heads as small as those of the model above.
     "wide": TransnormerConfig(
-        vocab_size=32000, decoder_embed_dim=1024, decoder_layers=1, decoder_attention_heads=8, glu_dim=2816
+        vocab_size=32000, decoder_embed_dim=1024, decoder_layers=1, decoder_attention_heads=64, glu_dim=2816
     ),
 }
 

@@ -89,10 +89,15 @@ def test_without_tensorrt_one_line_names_the_extra(exported, monkeypatch, target
 
 
 @needs_rtx
-def test_stripping_without_a_driver_says_what_works_instead(exported, monkeypatch):
-    monkeypatch.setattr("tnllm_export.build.pipeline.has_cuda_driver", lambda: False)
+def test_a_tensorrt_that_strips_no_weights_is_named_with_what_works_instead(exported, monkeypatch):
+    import tensorrt_rtx
+
+    # What tensorrt_rtx 1.6 answers.
+    monkeypatch.setattr(tensorrt_rtx.INetworkDefinition, "add_constant", lambda network, shape, weights: None)
     with pytest.raises(EngineBuildError) as error:
         build(exported("tiny", "float16", "matmul"), options=EngineOptions(weights="stripped"))
+    assert f"tensorrt_rtx {tensorrt_rtx.__version__} takes no placeholder for model.layers.0" in one_line(error)
+    assert "expected tensorrt_rtx 1.7 or later: install it, or" in one_line(error)
     assert "--weights external" in one_line(error)
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tnllm_export.build import EngineOptions, build_engines
 from tnllm_export.build.engine import make_builder
-from tnllm_export.build.network import add_profile, parse_network, read_graph
+from tnllm_export.build.network import add_profile, make_weights_inputs, parse_network, put_placeholders, read_graph
 from tnllm_export.build.pipeline import _spec
 from tnllm_export.bundle import MANIFEST, Bundle, open_bundle
 from tnllm_export.bundle.engines import engines_of, find_engines
@@ -56,14 +56,19 @@ def test_the_demo_checkpoint_becomes_engines_for_prefill_and_decode(bundle_of, d
     assert open_bundle(bundle.path).manifest == bundle.manifest
 
 
-@pytest.mark.parametrize("weights", ["embedded", "external"])
+@pytest.mark.parametrize("weights", ["embedded", "external", "stripped"])
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_networks_are_strongly_typed_and_take_every_batch_and_prompt_of_the_profile(exported, program, weights):
     bundle = exported("tiny", "bfloat16", "matmul")
     graph = bundle.prefill_path if program == "prefill" else bundle.decode_path
     trt = import_tensorrt(engine_target(RTX))
     builder = make_builder(trt)
-    network = parse_network(trt, builder, read_graph(graph, weights), graph)
+    model = read_graph(graph)
+    if weights != "embedded":
+        assert make_weights_inputs(model) == set(bundle.weights_layout().names)
+    network = parse_network(trt, builder, model, graph)
+    if weights == "stripped":
+        put_placeholders(trt, network, bundle.weights_layout().names)
     assert network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
     ports = [network.get_input(place) for place in range(network.num_inputs)]
@@ -73,7 +78,7 @@ def test_networks_are_strongly_typed_and_take_every_batch_and_prompt_of_the_prof
     types = {port.name: port.dtype for port in ports}
     assert types["input_ids"] == trt.int64
     assert types["past_state.1"] == trt.float32
-    assert weights == "embedded" or types["model.layers.1.channel_mixer.l1.weight"] == trt.bfloat16
+    assert weights != "external" or types["model.layers.1.channel_mixer.l1.weight"] == trt.bfloat16
 
     config = builder.create_builder_config()
     add_profile(builder, config, network, SMALL.profile)
@@ -133,16 +138,28 @@ def test_a_changed_weight_profile_or_gpu_makes_new_engines_beside_the_old(built_
     assert sets[3].engines.spec.weights_sha256 != sets[0].engines.spec.weights_sha256
 
 
-def test_engines_without_weights_weigh_less_than_5_percent_and_outlive_a_change_of_weights(bundle_of):
-    bundle = bundle_of("wide", "float16", "matmul")
-    full = build_engines(bundle, RTX, EngineOptions(max_batch=2, max_prompt=64)).engines
-    options = EngineOptions(max_batch=2, max_prompt=64, weights="external")
-    light = build_engines(bundle, RTX, options).engines
-    for program in ("prefill", "decode"):
-        share = light.file(program).stat().st_size / full.file(program).stat().st_size
-        print(f"{program}: {share:.3%} of the full engine")
-        assert share < 0.05
-    assert build_engines(replace_weights(bundle), RTX, options).cached
+@pytest.mark.parametrize(("dtype", "lowering"), [("float16", "matmul"), ("bfloat16", "plugin")])
+def test_engines_without_weights_weigh_less_than_5_percent_and_outlive_a_change_of_weights(
+    bundle_of, request, dtype, lowering
+):
+    bundle = bundle_of("wide", dtype, lowering)
+    library = request.getfixturevalue("library") if lowering == "plugin" else None
+    options = EngineOptions(max_batch=2, max_prompt=64, plugin_library=library)
+    full = build_engines(bundle, RTX, options).engines
+    names = [name.encode() for name in bundle.weights_layout().names]
+    assert not all(name in full.file("decode").read_bytes() for name in names)
+    others = [replace(options, weights="stripped"), replace(options, weights="external")]
+    for other in others:
+        light = build_engines(bundle, RTX, other).engines
+        for program in ("prefill", "decode"):
+            engine = light.file(program).read_bytes()
+            share = len(engine) / full.file(program).stat().st_size
+            print(f"{program}, {other.weights}: {share:.3%} of the full engine")
+            assert share < 0.05
+            # What it shall be given: inputs by these names, or weights to refit.
+            assert all(name in engine for name in names)
+    changed = replace_weights(bundle)
+    assert [build_engines(changed, RTX, other).cached for other in others] == [True, True]
 
 
 def test_a_damaged_engine_is_named_and_built_again(built_bundle):

@@ -11,7 +11,7 @@ import pytest
 
 from tnllm_export.build import EngineOptions, build_engines
 from tnllm_export.build.engine import make_builder
-from tnllm_export.build.network import add_profile, parse_network, read_graph
+from tnllm_export.build.network import add_profile, make_weights_inputs, parse_network, read_graph
 from tnllm_export.errors import EngineBuildError
 from tnllm_export.tensorrt import engine_target, import_tensorrt, last_error, load_plugins
 
@@ -31,7 +31,7 @@ def test_the_demo_checkpoint_has_one_plugin_layer_per_model_layer_and_no_functio
     load_plugins(trt, library)
     for graph, name in ((bundle.prefill_path, "LightningAttention"), (bundle.decode_path, "LightningAttentionStep")):
         assert [function.name for function in onnx.load(graph, load_external_data=False).functions] == [name]
-        model = read_graph(graph, "embedded")
+        model = read_graph(graph)
         assert not model.functions
         network = parse_network(trt, make_builder(trt), model, graph)
         kinds = [network.get_layer(place).type for place in range(network.num_layers)]
@@ -153,7 +153,8 @@ def test_a_state_in_place_takes_a_preview_feature_and_copies_that_tensorrt_adds(
     last_error(trt)
     sizes = {}
     for in_place, preview in ((0, False), (1, False), (1, True)):
-        model = read_graph(bundle.decode_path, "external")
+        model = read_graph(bundle.decode_path)
+        make_weights_inputs(model)
         for node in model.graph.node:
             if node.domain == "tnllm":
                 node.attribute.append(onnx.helper.make_attribute("in_place", in_place))
