@@ -109,7 +109,13 @@ def _rsqrt(op: Builder, result: TracedTensor, x: ir.Value) -> ir.Value:
 
 
 def _silu(op: Builder, result: TracedTensor, x: ir.Value) -> ir.Value:
-    return op("Mul", x, op("Sigmoid", x))
+    """Compute in float32 and round once, as PyTorch does.
+
+    Sigmoid in a half dtype is worse than one more rounding: ONNX Runtime's CUDA kernel rounds each of its steps, and
+    1 - 1 / (1 + exp(x)), which it takes for x < 0, keeps few of bfloat16's 8 bits.
+    """
+    wide = op.cast(x, ir.DataType.FLOAT)
+    return op.cast(op("Mul", wide, op("Sigmoid", wide)), from_torch_dtype(result.dtype))
 
 
 def _size(op: Builder, result: TracedTensor, x: ir.Value, dim: int) -> ir.Value:

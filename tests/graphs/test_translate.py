@@ -116,6 +116,17 @@ def test_an_operator_answers_as_torch_does(name):
     assert_answers(translated(program, len(module(*draw()))), module)
 
 
+def test_silu_of_a_half_dtype_is_rounded_once():
+    module = Function(lambda x, ids: (F.silu(x.to(torch.float16)),))
+    x, ids = draw(4, 64)
+    x = (3 * x).clamp(-8, 8).half().float()
+    evaluator = ReferenceEvaluator(ir.to_proto(translated(trace(module), 1)))
+    [found] = evaluator.run(None, {"x": x.numpy(), "ids": ids.numpy()})
+    exact = F.silu(x.double()).numpy()
+    assert found.dtype == np.float16
+    assert np.all(np.abs(found - exact) <= 1.001 * 2.0**-11 * np.abs(exact))
+
+
 @pytest.fixture(scope="module")
 def net():
     """A module with weights, and the names that they shall have in its graph."""
