@@ -16,6 +16,9 @@ from tnllm_export.runtime.onnxruntime import bind, first_line, named
 PROVIDER = "CUDAExecutionProvider"
 LET_GO = "let go of states that are not needed any more"
 
+_ERRORS = 3
+"""ONNX Runtime's log level: nothing below errors, which are raised as well."""
+
 
 class Program:
     """A session and the stream that it runs on; None where the device is the CPU."""
@@ -62,9 +65,13 @@ class Program:
             UnsupportedTargetError: It refuses the graph.
             DeviceMemoryError: The GPU's memory does not suffice.
         """
+        # Its environment warns, for each session, that CUDA is built in rather than a plugin; sessions don't inherit it.
+        ort.set_default_logger_severity(_ERRORS)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 1
-        options.log_severity_level = 3  # errors; they are raised as well
+        options.log_severity_level = _ERRORS
+        # A plan made for the first prompt of a length takes one block for the next, beside what the arena has already.
+        options.enable_mem_pattern = False
         for name, value in weights.items():
             options.add_initializer(name, value)
         provider = {

@@ -177,10 +177,18 @@ class FakeOrt:
     def __init__(self, outcome: Any) -> None:
         self.outcome = outcome
         self.providers: list[Any] = []
+        self.log_levels: list[int] = []
+        self.plans_memory: bool | None = None
+
+    def set_default_logger_severity(self, level: int) -> None:
+        self.log_levels.append(level)
 
     def InferenceSession(self, path: str, options: Any, providers: list[Any], enable_fallback: int) -> Any:  # noqa: N802
         assert enable_fallback == 0
+        assert self.log_levels, "too late: opening a session warns"
         self.providers = providers
+        self.log_levels.append(options.log_severity_level)
+        self.plans_memory = options.enable_mem_pattern
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return SimpleNamespace(get_providers=lambda: self.outcome)
@@ -197,6 +205,12 @@ def test_sessions_get_our_stream_full_precision_and_cuda_graphs() -> None:
     [(name, options)] = open_with([PROVIDER]).providers
     assert name == PROVIDER
     assert (options["user_compute_stream"], options["use_tf32"], options["enable_cuda_graph"]) == ("7", "0", "1")
+
+
+def test_opening_a_session_prints_no_warnings_and_keeps_no_memory_for_the_next_prompt() -> None:
+    ort = open_with([PROVIDER])
+    assert ort.log_levels == [3, 3]
+    assert ort.plans_memory is False
 
 
 @pytest.mark.parametrize(
