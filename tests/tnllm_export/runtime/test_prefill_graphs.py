@@ -1,6 +1,9 @@
 """Prefill of short prompts: which size reads which prompt, when it is captured, and that nothing else changes."""
 
+import copy
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +12,10 @@ from torch import Tensor
 from tests.tnllm_export.runtime.fake_graphs import Capture
 from tnllm_export.errors import RuntimeTargetError
 from tnllm_export.kernels.dispatch import use_kernels
+from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime import State, TorchRuntime, prefill_graphs
+from tnllm_export.runtime.cuda_graphs import Captured, CudaCapture
 from tnllm_export.runtime.prefill_graphs import MOST_GRAPHS, PrefillGraphs, activation_bytes, graph_tokens
 
 Answer = tuple[Tensor, State]
@@ -41,7 +46,7 @@ def read(runtime: TorchRuntime, lengths: list[int], seed: int = 0, position: int
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(97, (len(lengths), max(*lengths, width)), generator=generator)
     zero = runtime.host_state(runtime.initial_state(len(lengths)))
-    state = runtime.device_state([torch.randn(tensor.shape, generator=generator) for tensor in zero])
+    state = runtime.device_state([torch.randn(tensor.shape, generator=generator).to(tensor.dtype) for tensor in zero])
     positions = torch.arange(len(lengths)) + position
     return runtime.prefill(ids, torch.tensor(lengths, dtype=torch.int32), positions, state)
 
@@ -193,3 +198,120 @@ def test_the_pool_holds_what_a_layer_of_the_7b_shape_needs() -> None:
     found = activation_bytes(config, 2048, torch.bfloat16)
     # Residual, norm, the projection, keys and queries doubled by LRPE, attention and the gate's product.
     assert 2048 * 2 * 4096 * (2 + 4 + 4 + 2) < found < 2**28
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    """Real graphs, on a model large enough that its matrix products differ with their shapes."""
+
+    config = TransnormerConfig(
+        vocab_size=997, decoder_embed_dim=512, decoder_layers=3, decoder_attention_heads=4, glu_dim=1408
+    )
+
+    def model(self, dtype: torch.dtype) -> TransnormerForCausalLM:
+        torch.manual_seed(0)
+        return TransnormerForCausalLM(self.config).requires_grad_(False).cast_weights(dtype).to("cuda")
+
+    @pytest.mark.parametrize("lengths", [[1], [16], [100], [700], [40, 3, 0], [5] * 9])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_captured_prompts_are_as_exact_as_eager_ones(self, dtype: torch.dtype, lengths: list[int]) -> None:
+        model = self.model(dtype)
+        captured, eager = TorchRuntime(model), TorchRuntime(model, capture=None)
+        exact = TorchRuntime(copy.deepcopy(model).cpu().cast_weights(torch.float64))
+        answers = [read(captured, lengths, position=5) for _ in range(4)]
+        [graph] = graphs(captured)._graphs.values()
+        assert graph.captured
+        for answer in answers[1:]:
+            assert_equal(captured, answer, answers[0])
+        valid = [row for row, length in enumerate(lengths) if length]
+        wanted = read(exact, lengths, position=5)
+        plain = read(eager, lengths, position=5)
+        pairs = (captured, answers[0]), (eager, plain), (exact, wanted)
+        for one, another, right in zip(*(self.tensors(*pair, valid) for pair in pairs), strict=True):
+            room, least = (4, 2e-6) if dtype == torch.float32 else (1.2, 1e-4)
+            assert one.isfinite().all()
+            assert error(one, right) <= max(room * error(another, right), least)
+
+    @staticmethod
+    def tensors(runtime: TorchRuntime, answer: Answer, rows: list[int]) -> list[Tensor]:
+        return [tensor.cpu().double()[rows] for tensor in (answer[0], *runtime.host_state(answer[1]))]
+
+    def test_prompts_of_one_size_replay_one_graph(self) -> None:
+        capture = CudaCapture(torch.device("cuda", torch.cuda.current_device()))
+        captures: list[Captured] = []
+        replays: list[Captured] = []
+
+        def counted(call: Callable[[], Tensor]) -> Captured:
+            captured = capture(call)
+            captures.append(captured)
+
+            def replay() -> None:
+                replays.append(captured)
+                captured.replay()
+
+            return Captured(replay, captured.logits)
+
+        runtime = TorchRuntime(self.model(torch.bfloat16), capture=counted)
+        for length in (65, 128, 100, 70, 66):
+            read(runtime, [length], seed=length)
+        assert len(captures) == 1
+        assert len(replays) == 4
+
+    def test_inputs_on_the_gpu_answer_as_those_of_the_host(self) -> None:
+        runtime = TorchRuntime(self.model(torch.float32))
+        for seed in range(3):
+            inputs = torch.randint(997, (3, 20 + seed)), torch.tensor([20, 3, 0], dtype=torch.int32), torch.arange(3)
+            answers = [
+                runtime.prefill(*(tensor.to(device) for tensor in inputs), runtime.initial_state(3))
+                for device in ("cpu", "cuda")
+            ]
+            assert_equal(runtime, *answers)
+
+    def test_prompts_that_are_not_waited_for_get_their_own_inputs(self) -> None:
+        runtime = TorchRuntime(self.model(torch.bfloat16))
+        expected = [read(runtime, [50], seed)[0].cpu() for seed in range(40)]
+        found = [read(runtime, [50], seed)[0] for seed in range(40)]
+        assert torch.equal(torch.stack([logits.cpu() for logits in found]), torch.stack(expected))
+
+    def test_graphs_of_all_sizes_share_the_memory_of_the_largest(self) -> None:
+        runtime = TorchRuntime(self.model(torch.bfloat16))
+        reserve = activation_bytes(self.config, prefill_graphs.MOST_TOKENS, torch.bfloat16)
+        state = runtime.initial_state(1)
+        size = sum(tensor.nbytes for tensor in state.tensors)  # type: ignore[attr-defined]
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        for tokens in (16, 64, 128, 192, 320, 512, 768, 1024, 1472, 2048):
+            lengths = torch.tensor([tokens], dtype=torch.int32)
+            for _ in range(2):
+                runtime.prefill(torch.ones(1, tokens, dtype=torch.int64), lengths, torch.tensor([0]), state)
+        assert len(graphs(runtime)._graphs) == 10
+        torch.cuda.empty_cache()
+        # What is small comes from segments of 2 MiB, logits and workspaces (32 MiB each on Hopper) among them.
+        assert torch.cuda.memory_reserved() - before < reserve + size + 100 * 2**20
+
+    def test_work_that_cannot_be_captured_is_told_once_and_runs_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = self.model(torch.float32)
+        runtime, eager = TorchRuntime(model), TorchRuntime(model, capture=None)
+        read_in_place = model.prefill_in_place
+
+        def waiting(*arguments: Any) -> Tensor:
+            torch.cuda.synchronize()
+            return read_in_place(*arguments)
+
+        monkeypatch.setattr(model, "prefill_in_place", waiting)
+        first = read(runtime, [30])
+        with pytest.warns(UserWarning, match="found no way to capture it as a CUDA graph") as caught:
+            assert_equal(runtime, read(runtime, [30]), first)
+        assert "\n" not in str(caught[0].message)
+        assert_equal(runtime, read(runtime, [30]), first)
+        monkeypatch.undo()
+        # What failed harms no graph that is made later.
+        found, wanted = (
+            one.decode(torch.tensor([[7]]), torch.tensor([30]), read(one, [30])[1])[0] for one in (runtime, eager)
+        )
+        assert error(found, wanted) < 5e-6
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
