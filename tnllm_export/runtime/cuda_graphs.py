@@ -1,7 +1,7 @@
 """Work captured as CUDA graphs, and pinned memory through which its inputs come."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,14 +83,18 @@ class CudaCapture:
             torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may allocate meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            # The first, since a capture that fails leaves its stream the current one. Other threads may allocate.
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 if self._reserve and self._pool is None:
                     torch.empty(self._reserve, dtype=torch.uint8, device=self._device)  # freed: the pool keeps it
                 logits = call()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            _leave_pool(self._device, pool)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             if isinstance(error.__context__, torch.OutOfMemoryError):
                 raise error.__context__ from None
             reason = " ".join(str(error).split())[:300]
@@ -100,6 +104,12 @@ class CudaCapture:
             ) from error
         self._pool = pool  # one of a failed capture could not be shared
         return Captured(graph.replay, logits)
+
+
+def _leave_pool(device: torch.device, pool: Any) -> None:
+    """Tell the allocator that a capture has failed, which before 2.12 it goes on to believe in (PyTorch's #180395)."""
+    with suppress(RuntimeError):  # it knows
+        torch.cuda.memory._cuda_endAllocateToPool(device.index, pool)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -201,6 +201,7 @@ class NoCuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pools: list[object] = []
+        self.left: list[object] = []
         self.end: Exception | None = None
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
@@ -208,6 +209,7 @@ class NoCuda:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", lambda device, pool: self.left.append(pool))
 
     @contextmanager
     def graph(self, graph: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
@@ -240,6 +242,7 @@ def test_a_step_that_cannot_be_captured_is_refused_in_one_line(monkeypatch: pyte
     failed, short, first, second = cuda.pools
     assert len({id(failed), id(short), id(first)}) == 3
     assert first is second
+    assert cuda.left == [failed, short]
 
 
 def test_a_capture_warms_up_before_it_captures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +254,23 @@ def test_a_capture_warms_up_before_it_captures(monkeypatch: pytest.MonkeyPatch) 
         return calls[-1]
 
     assert CudaCapture(torch.device("cpu"))(call).logits is calls[2]
+    assert CudaCapture(torch.device("cpu"), warm_ups=1)(call).logits is calls[4]
+
+
+def test_a_pool_takes_the_memory_of_the_largest_graph_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    NoCuda(monkeypatch)
+    taken: list[int] = []
+    empty = torch.empty
+
+    def counted(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        taken.append(size)
+        return empty(size, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    capture = CudaCapture(torch.device("cpu"), reserve=1000)
+    for _ in range(2):
+        capture(lambda: torch.zeros(1))
+    assert taken == [1000]
 
 
 def test_memory_that_ends_when_a_state_moves_out_harms_neither(

@@ -299,12 +299,15 @@ class TestOnAGpu:
             return read_in_place(*arguments)
 
         monkeypatch.setattr(model, "prefill_in_place", waiting)
+        stream = torch.cuda.current_stream()
         first = read(runtime, [30])
         with pytest.warns(UserWarning, match="found no way to capture it as a CUDA graph") as caught:
             assert_equal(runtime, read(runtime, [30]), first)
         assert "\n" not in str(caught[0].message)
         assert_equal(runtime, read(runtime, [30]), first)
         monkeypatch.undo()
+        assert torch.cuda.current_stream() == stream
+        torch.cuda.empty_cache()
         # What failed harms no graph that is made later.
         found, wanted = (
             one.decode(torch.tensor([[7]]), torch.tensor([30]), read(one, [30])[1])[0] for one in (runtime, eager)
