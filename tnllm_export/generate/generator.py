@@ -1,16 +1,16 @@
 """Text from any runtime: reads prompts in pieces, chooses tokens, and tells about each as it comes."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from tnllm_export.errors import PromptError, RequestError, RuntimeTargetError, SamplingError, TextUnsupportedError
+from tnllm_export.errors import PromptError, RequestError, SamplingError, TextUnsupportedError
+from tnllm_export.generate.decoding import make_decoding, tokens_behind
 from tnllm_export.generate.params import SamplingParams
 from tnllm_export.generate.prompts import Prompt, encode_prompts
 from tnllm_export.generate.reading import read_prompts
-from tnllm_export.generate.sampling import choose_tokens
 from tnllm_export.generate.sequence import Event, Generation, RunningSequence, Stopwatch
 from tnllm_export.generate.session import Session, check_session
 from tnllm_export.models.tokenizer import Tokenizer
@@ -133,55 +133,31 @@ class Generator:
         reading, decoding = Stopwatch(), Stopwatch()
         with reading.running():
             logits, state = read_prompts(self.runtime, rows, state, self._chunk, self._progress)
+        steps = make_decoding(self.runtime, state, keep_logits=keep_sessions)
         events = [(place, event) for place, row in enumerate(rows) if (event := row.start())]
         while True:
             wants_state = keep_sessions and any(event.finish_reason for _, event in events)
-            host = self.runtime.host_state(state) if wants_state else None
+            host = self.runtime.host_state(steps.state) if wants_state else None
             for place, event in events:
-                if event.finish_reason is None:
+                if event.finish_reason is not None:
+                    row = rows[place]
+                    session = None if host is None else row.session(host, place, steps.logits(place))
+                    whole = row.generation(event.finish_reason, reading.seconds, decoding.seconds, session)
+                    event = replace(event, generation=whole)  # noqa: PLW2901
+                # While a step is under way, a reader's time is also that in which the next token is made.
+                with decoding.running() if steps.under_way else nullcontext():
                     yield event
-                    continue
-                row = rows[place]
-                session = None if host is None else row.session(host, place)
-                whole = row.generation(event.finish_reason, reading.seconds, decoding.seconds, session)
-                yield replace(event, generation=whole)
             left = [place for place, row in enumerate(rows) if not row.finished]
             if not left:
                 return
             with decoding.running():
                 if len(left) < len(rows):
                     rows = [rows[place] for place in left]
-                    state = self._select(state, left)
+                    steps.keep(left)
                     logits = None if logits is None else logits[left]
                 if logits is None:
-                    logits, state = self._decode(rows, state)
-                events = list(enumerate(self._choose(rows, logits)))
-                logits = None
-
-    def _decode(self, rows: list[RunningSequence], state: State) -> tuple[Tensor, State]:
-        """Feed each row's pending token."""
-        input_ids = torch.tensor([row.unread for row in rows])
-        positions = torch.tensor([row.position for row in rows])
-        logits, state = self.runtime.decode(input_ids, positions, state)
-        for row in rows:
-            row.position += 1
-        return logits, state
-
-    def _choose(self, rows: list[RunningSequence], logits: Tensor) -> list[Event]:
-        logits = logits.cpu()
-        # The largest is NaN where any is; -inf below it does no harm.
-        for row, finite in zip(rows, logits.amax(dim=-1).isfinite().tolist(), strict=True):
-            if not finite:
-                info = self.runtime.info
-                raise RuntimeTargetError(
-                    f"logits of prompt {row.index} after {row.position} tokens are not finite: {info.dtype} overflows "
-                    f"on {info.name}; export with --dtype float32"
-                )
-        tokens = choose_tokens(
-            logits, [row.seen for row in rows], [row.params for row in rows], [row.rng for row in rows]
-        )
-        return [row.take(token, self._config.eos_token_id) for row, token in zip(rows, tokens, strict=True)]
-
-    def _select(self, state: State, places: list[int]) -> State:
-        """Keep some rows of a batch: ended sequences cost nothing more."""
-        return self.runtime.device_state([tensor[places] for tensor in self.runtime.host_state(state)])
+                    tokens = steps.next_tokens(rows)
+                else:
+                    tokens, logits = tokens_behind(logits, rows, self.runtime.info), None
+                eos = self._config.eos_token_id
+                events = [(place, row.take(tokens[place], eos)) for place, row in enumerate(rows)]

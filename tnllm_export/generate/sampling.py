@@ -43,19 +43,44 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: [B] float64 in [0, 1), one random number per row.
 
     Returns:
-        Tokens [B] int64, never one of logit -inf.
+        Tokens [B] int64, never one of logit -inf. Where logits are NaN they mean nothing, but are of the vocabulary.
     """
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
     # Strictly below the total, so that the first sum above the target belongs to a token of positive probability.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+def choose(logits: Tensor, params: SamplingParams, seen: Tensor | None, uniforms: Tensor | None) -> Tensor:
+    """Choose the next token of rows that share their parameters, on the device of the logits and without waiting.
+
+    Args:
+        logits: [B, vocab].
+        params: Of all rows; seeds don't matter here.
+        seen: The tokens so far, [B, vocab] bool; None without a repetition penalty.
+        uniforms: [B] float64 in [0, 1); None for a greedy choice.
+
+    Returns:
+        Tokens [B] int64.
+    """
+    if seen is not None:
+        logits = penalise_repetition(logits, seen, params.repetition_penalty)
+    if uniforms is None:
+        return logits.argmax(dim=-1)
+    # A tiny temperature would overflow: float32 easily, and float64 too where the largest logit is not 0.
+    logits = (logits.double() - logits.amax(dim=-1, keepdim=True)) / params.temperature
+    if params.top_k:
+        logits = keep_top_k(logits, params.top_k)
+    if params.top_p < 1:
+        logits = keep_top_p(logits, params.top_p)
+    return draw(logits, uniforms)
 
 
 def choose_tokens(
     logits: Tensor, seen: Sequence[Tensor | None], params: Sequence[SamplingParams], rngs: Sequence[torch.Generator]
 ) -> list[int]:
-    """Choose each row's next token.
+    """Choose each row's next token on the host.
 
     Args:
         logits: [B, vocab].
@@ -63,18 +88,9 @@ def choose_tokens(
         params: Per row.
         rngs: Per row; a row that is not greedy draws one number from its own.
     """
-    return [_choose(logits[row : row + 1], seen[row], params[row], rngs[row]) for row in range(logits.shape[0])]
-
-
-def _choose(logits: Tensor, seen: Tensor | None, params: SamplingParams, rng: torch.Generator) -> int:
-    if seen is not None:
-        logits = penalise_repetition(logits, seen[None], params.repetition_penalty)
-    if params.temperature == 0:
-        return int(logits.argmax(dim=-1))
-    # A tiny temperature would overflow: float32 easily, and float64 too where the largest logit is not 0.
-    logits = (logits.double() - logits.max()) / params.temperature
-    if params.top_k:
-        logits = keep_top_k(logits, params.top_k)
-    if params.top_p < 1:
-        logits = keep_top_p(logits, params.top_p)
-    return int(draw(logits, torch.rand(1, generator=rng, dtype=torch.float64)))
+    chosen = []
+    for row, (row_seen, row_params, rng) in enumerate(zip(seen, params, rngs, strict=True)):
+        uniforms = None if row_params.temperature == 0 else torch.rand(1, generator=rng, dtype=torch.float64)
+        mask = None if row_seen is None else row_seen[None]
+        chosen.append(int(choose(logits[row : row + 1], row_params, mask, uniforms)))
+    return chosen

@@ -102,6 +102,7 @@ class RunningSequence:
         self.prompt_ids = tuple(prompt_ids)
         self.params = params
         self.rng = torch.Generator().manual_seed(params.seed)
+        self._rng_before = self.rng.get_state()  # the last draw
         self.logits: Tensor | None = None
         self.history: list[int] = []
         if session is not None:
@@ -109,6 +110,7 @@ class RunningSequence:
             self.logits = session.logits
             if session.seed == params.seed:
                 self.rng.set_state(session.rng)
+                self._rng_before = session.rng
         self.position = 0 if session is None else session.position
         self.history += prompt_ids
         self.new_ids: list[int] = []
@@ -125,6 +127,18 @@ class RunningSequence:
     def unread(self) -> list[int]:
         """Tokens that are not in the state yet."""
         return self.history[self.position :]
+
+    @property
+    def left(self) -> int:
+        """Tokens that may yet come."""
+        return self.params.max_new_tokens - len(self.new_ids)
+
+    def draw(self) -> float | None:
+        """Draw the number that a token is chosen with; None where the row is greedy."""
+        if self.params.temperature == 0:
+            return None
+        self._rng_before = self.rng.get_state()
+        return torch.rand(1, generator=self.rng, dtype=torch.float64).item()
 
     def start(self) -> Event | None:
         """Return the only event of a sequence that wants no token, else None."""
@@ -148,14 +162,21 @@ class RunningSequence:
         self._text += piece
         return self._event(token, piece, None)
 
-    def session(self, state: list[Tensor], row: int) -> Session:
-        """Put the sequence aside; `state` is the batch's, in which the sequence is `row`."""
+    def session(self, state: list[Tensor], row: int, behind: Tensor | None) -> Session:
+        """Put the sequence aside.
+
+        Args:
+            state: The batch's.
+            row: The sequence's place in it.
+            behind: Logits [vocab] behind its last token, where that is in the state already and the next one is drawn.
+        """
+        logits = self.logits if behind is None else behind
         return Session(
             token_ids=tuple(self.history),
             state=tuple(tensor[row : row + 1].clone() for tensor in state),
-            logits=None if self.logits is None else self.logits.clone(),
+            logits=None if logits is None else logits.clone(),
             seed=self.params.seed,
-            rng=self.rng.get_state(),
+            rng=self.rng.get_state() if behind is None else self._rng_before,
         )
 
     def generation(self, reason: FinishReason, prefill: float, decode: float, session: Session | None) -> Generation:

@@ -20,13 +20,14 @@ from tnllm_export.bundle.engines import CONSTANTS, PACKAGE_SUFFIX, EngineSet, en
 from tnllm_export.bundle.native_code import libraries_with_own_standard_library
 from tnllm_export.errors import EngineMismatchError, EngineMissingError, RuntimeTargetError, UnsupportedTargetError
 from tnllm_export.models.config import TransnormerConfig
+from tnllm_export.runtime.ahead import Underway
 from tnllm_export.runtime.aotinductor_constants import bundle_name, check_constants, free_memory
 from tnllm_export.runtime.decode_graphs import DecodeGraphs, GraphState
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
 from tnllm_export.runtime.protocol import RuntimeInfo, State
 from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors
 from tnllm_export.runtime.support import check_supported, weights_id
-from tnllm_export.runtime.validation import check_decode, check_prefill
+from tnllm_export.runtime.validation import check_decode, check_decode_ahead, check_prefill
 
 NAME = "aotinductor"
 
@@ -78,6 +79,7 @@ class AotInductorRuntime:
             config=manifest.config,
             logits=manifest.logits,
             weights_id=weights_id(bundle),
+            runs_ahead=place.type == "cuda",
         )
         runtime = cls(
             info, Package(packages, "prefill", constants, place), Package(packages, "decode", constants, place), place
@@ -106,9 +108,8 @@ class AotInductorRuntime:
         B, T = input_ids.shape
         handle = check_handle(self, state, B)
         inputs = [tensor.to(self._device).contiguous() for tensor in (input_ids, lengths, positions)]
-        with reporting_out_of_memory(
-            self._device, f"prefill of {B} x {T} tokens", "feed the prompt in smaller pieces (--prefill-chunk)"
-        ):
+        way_out = "feed the prompt in smaller pieces (--prefill-chunk)"
+        with _current(self._device), reporting_out_of_memory(self._device, f"prefill of {B} x {T} tokens", way_out):
             logits, *present = self._prefill.run([*inputs, *handle.tensors])
         return logits, GraphState(self, present)
 
@@ -122,6 +123,14 @@ class AotInductorRuntime:
         logits, *present = self._decode.run([input_ids.contiguous(), positions.contiguous(), *handle.tensors])
         handle.consumed = True
         return logits, GraphState(self, present)
+
+    @torch.inference_mode()
+    def decode_ahead(self, input_ids: Tensor | None, positions: Tensor | None, state: State) -> tuple[Underway, State]:
+        """Enqueue a step and a choice without waiting, on CUDA; see `RunsAhead.decode_ahead`."""
+        check_decode_ahead(self._info, input_ids, positions)
+        handle = cast(GraphState, check_handle(self, state, None if input_ids is None else len(input_ids)))
+        assert self._graphs is not None
+        return self._graphs.decode_ahead(input_ids, positions, handle)
 
     def host_state(self, state: State) -> list[Tensor]:
         """Copy a state to the host: one [B, H, K, V] float32 per layer."""
@@ -156,6 +165,7 @@ class Package:
         Raises:
             EngineMismatchError: PyTorch refuses it or would crash, or it needs a weight that there is not.
         """
+        self._device = device
         self._path = packages.path / f"{program}{PACKAGE_SUFFIX}"
         if libraries_with_own_standard_library(self._path):
             raise EngineMismatchError(
@@ -171,12 +181,20 @@ class Package:
             self._loader = model.loader  # what it adds, call after call, is the parsing of argument trees
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Run on contiguous tensors of the package's device, in the program's order. Raises RuntimeTargetError."""
+        """Run on contiguous tensors of the package's device, in the program's order.
+
+        Raises:
+            torch.OutOfMemoryError: The GPU's memory does not suffice.
+            RuntimeTargetError: Something else failed.
+        """
+        refused = _refused_allocations(self._device)
         try:
             outputs: list[Tensor] = self._loader.run(inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if _refused_allocations(self._device) > refused:  # native code says only that a call failed
+                raise torch.OutOfMemoryError(_first_line(error)) from error
             raise RuntimeTargetError(f"{self._path}: failed: {_first_line(error)}") from error
         return outputs
 
@@ -275,6 +293,11 @@ def _load(path: str, device: torch.device) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Inductor's own deprecations
         return aoti_load_package(path, run_single_threaded=True, device_index=index)
+
+
+def _refused_allocations(device: torch.device) -> int:
+    """Count the allocations that a GPU's memory did not suffice for, since the process began."""
+    return int(torch.cuda.memory_stats_as_nested_dict(device)["num_ooms"]) if device.type == "cuda" else 0
 
 
 def _first_line(error: Exception) -> str:

@@ -16,11 +16,13 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from tnllm_export.errors import StateError
 from tnllm_export.kernels.dispatch import Choice, kernel_choice
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.fused_decode import FusedDecoder
 from tnllm_export.models.modeling import TransnormerForCausalLM
-from tnllm_export.runtime.cuda_graphs import Capture, CudaCapture, Staging, on_device
+from tnllm_export.runtime.ahead import HostCopy, Underway
+from tnllm_export.runtime.cuda_graphs import Capture, Captured, CudaCapture, Staging, on_device
 from tnllm_export.runtime.device_memory import gibibytes, reporting_out_of_memory
 from tnllm_export.runtime.state import StateHandle
 
@@ -30,9 +32,10 @@ MOST_GRAPHS = 4
 ROW_STEP = 8
 """Above so many sequences, graphs are made for multiples of it."""
 
-
 STEPS_AHEAD = 4
 """Steps that may be under way before a caller waits."""
+
+_LET_GO = "let go of states that are not needed any more"
 
 
 class Stateful(Protocol):
@@ -57,13 +60,25 @@ Step = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
 
 
 class GraphState(StateHandle):
-    """A state that remembers the graph in which it lives, if it does."""
+    """A state that remembers the graph in which it lives, if it does.
 
-    __slots__ = ("__weakref__", "graph")
+    Attributes:
+        graph: That graph.
+        inputs: Token ids and positions of the next step, [2, rows] on the device, where a step chose them.
+    """
 
-    def __init__(self, owner: object, tensors: Sequence[Tensor], graph: "DecodeGraph | None" = None) -> None:
+    __slots__ = ("__weakref__", "graph", "inputs")
+
+    def __init__(
+        self,
+        owner: object,
+        tensors: Sequence[Tensor],
+        graph: "DecodeGraph | None" = None,
+        inputs: Tensor | None = None,
+    ) -> None:
         super().__init__(owner, tensors)
         self.graph = graph
+        self.inputs = inputs
 
 
 class DecodeGraphs:
@@ -102,52 +117,93 @@ class DecodeGraphs:
             RuntimeTargetError: The step could not be captured.
         """
         with on_device(self._device):
-            graph = self._graph(state.batch)
-            with reporting_out_of_memory(self._device, "decode", "let go of states that are not needed any more"):
+            graph = self._graph(state.batch, ahead=False)
+            with reporting_out_of_memory(self._device, "decode", _LET_GO):
                 answer = graph.empty_answer(state.batch)
                 graph.admit(state)
-            graph.run(input_ids, positions, answer)
-            tensors, state.tensors, state.consumed = state.tensors, (), True
-            new = GraphState(state.owner, tensors if state.graph is graph else graph.rows(len(answer)), graph)
-            graph.occupant = weakref.ref(new)
-        return answer, new
+            graph.feed(input_ids, positions)
+            graph.run(answer)
+            return answer, graph.move_on(state, None)
 
-    def _graph(self, batch: int) -> "DecodeGraph":
+    def decode_ahead(
+        self, input_ids: Tensor | None, positions: Tensor | None, state: GraphState
+    ) -> tuple[Underway, GraphState]:
+        """Enqueue a step and the choice of the next tokens; see `RunsAhead.decode_ahead`. Fails as `decode` does."""
+        if positions is None and state.inputs is None:
+            raise StateError(
+                "state has no step under way that chose its next token; expected one from decode_ahead, or input_ids "
+                "and positions"
+            )
+        with on_device(self._device):
+            graph = self._graph(state.batch, ahead=True)
+            with reporting_out_of_memory(self._device, "decode", _LET_GO):
+                choice = HostCopy(graph.choice)
+                graph.admit(state)
+            if positions is not None and input_ids is not None:
+                graph.feed(input_ids, positions)
+            elif input_ids is not None:
+                graph.feed_chosen(input_ids, self._model.config.vocab_size)
+            logits = graph.run_ahead(state.batch)
+            return Underway(logits, choice.start(graph.choice)), graph.move_on(state, graph.inputs)
+
+    def _graph(self, batch: int, *, ahead: bool) -> "DecodeGraph":
         key = (graph_batch(batch), kernel_choice())
         graph = self._graphs.get(key)
-        if graph is None:
-            while len(self._graphs) >= MOST_GRAPHS:
-                self._graphs.popitem(last=False)[1].close()
-            graph = self._graphs[key] = self._make(key[0])
+        if graph is None or not graph.is_captured(ahead=ahead):
+            graph = self._captured(key, graph, ahead=ahead)
         self._graphs.move_to_end(key)
         return graph
 
-    def _make(self, batch: int) -> "DecodeGraph":
-        shapes = [self._model.config.state_shape(layer, batch) for layer in range(self._model.config.decoder_layers)]
+    def _captured(self, key: tuple[int, Choice], graph: "DecodeGraph | None", *, ahead: bool) -> "DecodeGraph":
+        batch, config = key[0], self._model.config
+        shapes = [config.state_shape(layer, batch) for layer in range(config.decoder_layers)]
         size = sum(torch.Size(shape).numel() for shape in shapes) * self._model.state_dtype.itemsize
         work = f"the CUDA graph of decode for {batch} sequences, whose state alone takes {gibibytes(size)}"
         way_out = "decode fewer sequences at once, or let go of states that are not needed any more"
+        while graph is None and len(self._graphs) >= MOST_GRAPHS:
+            self._graphs.popitem(last=False)[1].close()
         with reporting_out_of_memory(self._device, work, way_out):
-            return DecodeGraph(self._model, self._make_step(batch), batch, self._capture)
+            graph = graph or DecodeGraph(self._model, self._make_step(batch), batch)
+            graph.capture(self._capture, ahead=ahead)
+        self._graphs[key] = graph
+        return graph
 
 
 class DecodeGraph:
-    """One captured step, its state, and its inputs, which come through pinned memory.
+    """A step for a number of sequences, its state, and its inputs, which come through pinned memory.
 
-    It is made on a state of zeros: a caller's comes in when all is ready.
+    The step is captured alone, and together with the choice of the likeliest tokens as the next step's inputs, each
+    when it is first asked for.
+
+    Attributes:
+        occupant: The state that lives here.
+        choice: [3, batch] int64: token ids, positions and, behind a choice, the bits of the chosen tokens' logits.
+        inputs: The first two rows of `choice`.
     """
 
-    def __init__(self, model: Stateful, step: Step, batch: int, capture: Capture) -> None:
+    def __init__(self, model: Stateful, step: Step, batch: int) -> None:
         device = model.device
         on_gpu = device.type == "cuda"
         self.occupant: weakref.ref[GraphState] | None = None
+        self.choice = torch.zeros(3, batch, dtype=torch.int64, device=device)
+        self.inputs = self.choice[:2]
         self._states = model.initial_state(batch)
-        # Token ids and positions: one copy brings both.
-        self._inputs = torch.zeros(2, batch, dtype=torch.int64, device=device)
         self._staging = deque(Staging((2, batch), on_gpu) for _ in range(STEPS_AHEAD))
         self._step = step  # a captured call keeps none of its buffers alive
-        input_ids, positions = self._inputs[0].unsqueeze(1), self._inputs[1]
-        self._captured = capture(lambda: step(input_ids, positions, self._states))
+        self._alone: Captured | None = None
+        self._choosing: Captured | None = None
+
+    def is_captured(self, *, ahead: bool) -> bool:
+        """Whether the step is, alone or with the choice."""
+        return (self._choosing if ahead else self._alone) is not None
+
+    def capture(self, capture: Capture, *, ahead: bool) -> None:
+        """Capture the step, alone or with the choice. It runs, so the state that lives here moves out before."""
+        self._move_out()
+        if ahead:
+            self._choosing = capture(self._step_and_choose)
+        else:
+            self._alone = capture(self._step_alone)
 
     def rows(self, batch: int) -> tuple[Tensor, ...]:
         """The first `batch` sequences of the state."""
@@ -155,43 +211,84 @@ class DecodeGraph:
 
     def empty_answer(self, batch: int) -> Tensor:
         """Memory for the logits of one step, [batch, vocab]."""
-        return torch.empty_like(self._captured.logits[:batch])
+        assert self._alone is not None
+        return torch.empty_like(self._alone.logits[:batch])
 
     def admit(self, state: GraphState) -> None:
         """Bring a state in; the one that lives here moves out first. Nothing is changed where memory is short."""
         if state.graph is self:
             return
-        occupant = self._living()
-        if occupant is not None:
-            occupant.tensors = tuple(tensor.clone() for tensor in occupant.tensors)
-            occupant.graph = None
-        self.occupant = None
+        self._move_out()
         B = state.batch
         torch._foreach_copy_(list(self.rows(B)), list(state.tensors))
         if len(self._states[0]) > B:
             for own in self._states:
                 own[B:].zero_()
+        if state.inputs is not None:
+            self.inputs.copy_(state.inputs)
 
-    def run(self, input_ids: Tensor, positions: Tensor, answer: Tensor) -> None:
-        """Step the state that was admitted, and write logits [B, vocab] into `answer`, without waiting."""
-        B = len(answer)
+    def feed(self, input_ids: Tensor, positions: Tensor) -> None:
+        """Start to bring token ids [B, 1] and positions [B] in."""
+        B = len(positions)
         if input_ids.is_cpu and positions.is_cpu:
             staged = self._staging[0].numbers()
             staged[0, :B] = input_ids.numpy()[:, 0]
             staged[1, :B] = positions.numpy()
-            self._staging[0].send(self._inputs)
+            self._staging[0].send(self.inputs)
             self._staging.rotate(-1)
         else:
-            self._inputs[0, :B] = input_ids.squeeze(1)
-            self._inputs[1, :B] = positions
-        self._captured.replay()
-        answer.copy_(self._captured.logits[:B])
+            self.inputs[0, :B] = input_ids.squeeze(1)
+            self.inputs[1, :B] = positions
+
+    def feed_chosen(self, input_ids: Tensor, vocab_size: int) -> None:
+        """Put token ids [B, 1] of the device, which nobody has checked, in the place of the likeliest ones."""
+        torch.clamp(input_ids.squeeze(1), 0, vocab_size - 1, out=self.inputs[0, : len(input_ids)])
+
+    def run(self, answer: Tensor) -> None:
+        """Step the state that was admitted, and write logits [B, vocab] into `answer`, without waiting."""
+        assert self._alone is not None
+        self._alone.replay()
+        answer.copy_(self._alone.logits[: len(answer)])
+
+    def run_ahead(self, batch: int) -> Tensor:
+        """Step the state, and choose; return logits [B, vocab] in the graph's own memory, without waiting."""
+        assert self._choosing is not None
+        self._choosing.replay()
+        return self._choosing.logits[:batch]
+
+    def move_on(self, state: GraphState, inputs: Tensor | None) -> GraphState:
+        """Consume the state that was stepped; return the one that lives here now."""
+        tensors = state.tensors if state.graph is self else self.rows(state.batch)
+        state.tensors, state.consumed = (), True
+        new = GraphState(state.owner, tensors, self, inputs)
+        self.occupant = weakref.ref(new)
+        return new
 
     def close(self) -> None:
         """Leave the state to whom it belongs: this graph will not run again."""
         occupant = self._living()
         if occupant is not None:
             occupant.graph = None
+
+    def _step_alone(self) -> Tensor:
+        return self._step(self.inputs[0].unsqueeze(1), self.inputs[1], self._states)
+
+    def _step_and_choose(self) -> Tensor:
+        logits = self._step_alone()
+        tokens, positions, bits = self.choice
+        # Of equal ones the first, as argmax does; NaN where there is one.
+        torch.max(logits, -1, out=(bits.view(logits.dtype)[: len(tokens)], tokens))
+        positions.add_(1)
+        return logits
+
+    def _move_out(self) -> None:
+        """Give the state that lives here memory of its own. Nothing is changed where there is none."""
+        occupant = self._living()
+        if occupant is not None:
+            tensors = tuple(tensor.clone() for tensor in occupant.tensors)
+            occupant.inputs = None if occupant.inputs is None else occupant.inputs.clone()
+            occupant.tensors, occupant.graph = tensors, None
+        self.occupant = None
 
     def _living(self) -> GraphState | None:
         occupant = None if self.occupant is None else self.occupant()

@@ -23,6 +23,7 @@ class RuntimeInfo:
         config: The model's configuration.
         logits: "last" or "all": which logits `prefill` returns.
         weights_id: Which weights are loaded (a checksum), or "" for a model that never was in a file.
+        runs_ahead: Whether the runtime can decode a token that the host has not seen yet: see `ahead.RunsAhead`.
     """
 
     name: str
@@ -31,6 +32,7 @@ class RuntimeInfo:
     config: TransnormerConfig
     logits: str
     weights_id: str = ""
+    runs_ahead: bool = False
 
 
 class Runtime(Protocol):

@@ -15,6 +15,7 @@ from tnllm_export.errors import UnsupportedTargetError
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.decay import slope_rates
 from tnllm_export.models.modeling import GatedLinearAttention, Logits, TransnormerForCausalLM
+from tnllm_export.runtime.ahead import Underway
 from tnllm_export.runtime.cuda_graphs import Capture
 from tnllm_export.runtime.decode_graphs import DecodeGraphs, GraphState
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
@@ -22,7 +23,7 @@ from tnllm_export.runtime.prefill_graphs import PrefillGraphs
 from tnllm_export.runtime.protocol import RuntimeInfo, State
 from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors
 from tnllm_export.runtime.support import check_supported, weights_id
-from tnllm_export.runtime.validation import check_decode, check_prefill
+from tnllm_export.runtime.validation import check_decode, check_decode_ahead, check_prefill
 
 
 class TorchRuntime:
@@ -67,6 +68,7 @@ class TorchRuntime:
             config=model.config,
             logits=logits,
             weights_id=weights_id,
+            runs_ahead=self._graphs is not None,
         )
 
     @classmethod
@@ -142,6 +144,14 @@ class TorchRuntime:
             logits, present = self._model.decode(input_ids.to(self._device), positions.to(self._device), handle.tensors)
         handle.consumed = True
         return logits, GraphState(self, present)
+
+    @torch.inference_mode()
+    def decode_ahead(self, input_ids: Tensor | None, positions: Tensor | None, state: State) -> tuple[Underway, State]:
+        """Enqueue a step and a choice without waiting, where steps are captured; see `RunsAhead.decode_ahead`."""
+        check_decode_ahead(self._info, input_ids, positions)
+        handle = cast(GraphState, check_handle(self, state, None if input_ids is None else len(input_ids)))
+        assert self._graphs is not None
+        return self._graphs.decode_ahead(input_ids, positions, handle)
 
     def host_state(self, state: State) -> list[Tensor]:
         """Copy a state to the host: one [B, H, K, V] per layer."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tnllm_export.errors import PromptError, RequestError
+from tnllm_export.runtime.protocol import RuntimeInfo
 
 
 def check_prefill(vocab_size: int, input_ids: Tensor, lengths: Tensor, positions: Tensor) -> None:
@@ -29,6 +30,19 @@ def check_decode(vocab_size: int, input_ids: Tensor, positions: Tensor) -> None:
     _check_tensor("positions", positions, torch.int64, (B,), f"[{B}]")
     check_token_ids(vocab_size, input_ids)
     _check_range("positions", positions, None)
+
+
+def check_decode_ahead(info: RuntimeInfo, input_ids: Tensor | None, positions: Tensor | None) -> None:
+    """Check what `RunsAhead.decode_ahead` takes, reading nothing from a device; raises what `check_prefill` raises."""
+    if not info.runs_ahead:
+        raise RequestError(f"{info.name} on {info.device} does not run ahead; decode with tokens that are known")
+    if positions is None:
+        if input_ids is not None:
+            _check_tensor("input_ids", input_ids, torch.int64, (None, 1), "[B, 1]")
+        return
+    if input_ids is None:
+        raise RequestError("positions given without input_ids; expected both, input_ids alone, or neither")
+    check_decode(info.config.vocab_size, input_ids, positions)
 
 
 def check_token_ids(vocab_size: int, token_ids: Tensor) -> None:

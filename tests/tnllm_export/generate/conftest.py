@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.tnllm_export.runtime.fake_graphs import captured_on_the_cpu
 from tnllm_export.bundle import Bundle
 from tnllm_export.export import export_bundle
 from tnllm_export.models.config import TransnormerConfig
@@ -43,8 +44,10 @@ def bundle(model: TransnormerForCausalLM, tmp_path_factory: pytest.TempPathFacto
     return export_bundle(folder, tmp_path_factory.mktemp("bundle") / "tiny", dtype="float32")
 
 
-@pytest.fixture(scope="session", params=["torch", "onnxruntime"])
-def runtime(request: pytest.FixtureRequest, bundle: Bundle) -> Runtime:
+@pytest.fixture(scope="session", params=["torch", "torch ahead", "onnxruntime"])
+def runtime(request: pytest.FixtureRequest, bundle: Bundle, model: TransnormerForCausalLM) -> Runtime:
+    if request.param == "torch ahead":
+        return TorchRuntime(model, capture=captured_on_the_cpu)
     return load_runtime(bundle, request.param, threads=1)
 
 
