@@ -1,7 +1,7 @@
 """TensorRT-RTX engines of a 1B-shaped bundle, built without a GPU: time, peak memory, size, by where the weights are.
 
 A build is `tnllm build`, from the start of its process to its end, so that its peak memory is its own; it starts no
-other processes. Builds with embedded and with external weights alternate; the median time and the largest peak count.
+other processes. Builds of each kind take turns; the median time and the largest peak count.
 """
 
 import json
@@ -23,7 +23,7 @@ from tnllm_export.progress import Progress, silent
 
 NAME = "engines"
 MEMORY_LIMIT = 24 * 2**30
-WEIGHTS = ("embedded", "external")
+WEIGHTS = ("embedded", "external", "stripped")
 OPTIONS = ("--max-batch", "8", "--max-prompt", "512")
 DTYPE, LOWERING = "float16", "matmul"
 
@@ -57,7 +57,7 @@ class Build:
 
 
 def run(progress: Progress = silent, size: str = "1B", rounds: int = 3) -> list[Record]:
-    """Export a random checkpoint of a size among `scale.SHAPES`, and build its engines with both kinds of weights."""
+    """Export a random checkpoint of a size among `scale.SHAPES`, and build its engines with each kind of weights."""
     with tempfile.TemporaryDirectory(prefix="tnllm-engines-", dir=os.environ.get("TNLLM_BENCH_DIR")) as folder:
         checkpoint, bundle = Path(folder, "checkpoint"), Path(folder, "bundle")
         make_checkpoint(checkpoint, size, "safetensors")

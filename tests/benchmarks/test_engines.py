@@ -21,16 +21,17 @@ def records():
         return engines.run(size="tiny", rounds=2)
 
 
-def test_weights_are_in_both_engines_or_in_none(records):
+@pytest.mark.parametrize("light", ["external", "stripped"])
+def test_weights_are_in_both_engines_or_in_none(records, light):
     sizes = {(record.case, record.metric): record.value for record in records if record.unit == "MB"}
     embedding = 2 * 64000 * 64 / 1e6
     for engine in (engines.PREFILL, engines.DECODE):
-        difference = sizes["tiny | embedded", engine] - sizes["tiny | external", engine]
+        difference = sizes["tiny | embedded", engine] - sizes[f"tiny | {light}", engine]
         assert difference == pytest.approx(embedding, rel=0.05)
 
 
 def test_every_cost_is_measured(records):
-    assert [record.case for record in records] == ["tiny | embedded"] * 5 + ["tiny | external"] * 5
+    assert [record.case for record in records] == [f"tiny | {weights}" for weights in engines.WEIGHTS for _ in range(5)]
     for record in records:
         assert record.value > 0
         assert record.versions["tensorrt-rtx-cu13"]
@@ -42,6 +43,6 @@ def test_every_cost_is_measured(records):
 def test_the_table_has_a_line_for_each_kind_of_weights(records):
     head, _, *lines = report._engines_table(records).splitlines()
     assert head == "| model | `--weights` | engines | time, both | processor time | peak memory |"
-    assert [line.split(" | ")[1] for line in lines] == ["`embedded`", "`external`"]
+    assert [line.split(" | ")[1] for line in lines] == ["`embedded`", "`external`", "`stripped`"]
     peak = next(record.value for record in records if record.metric == engines.PEAK)
     assert lines[0].endswith(f" s | {peak:.1f} GiB |")
