@@ -25,6 +25,7 @@ from tnllm_export.kernels.lightning_attention.sweep_plan import (
     HOPPER_TILE,
     LONG_SEGMENT,
     RECOMPUTE_SEGMENTS,
+    SHORT_CALL,
     Activation,
     Handover,
     fits_hopper,
@@ -52,11 +53,11 @@ def compile_table(
 ) -> KernelTable:
     """Compile every variant of both ops that a plan may ask for.
 
-    The grid of the chunk op is [B * H * ceil(V / BV), segments], with segments and chunks per segment by
+    The grid of the chunk op is [B * H * ceil(V / BV), segments], with segments by
     `sweep_plan.sweep_plan`; that of the step is [B * H * ceil(V / BV)], with BV by `step_plan.step_tile`. The
-    hand-over "chain" takes two buffers: `carry`, float32 [2, B * H * ceil(V / BV), BK, BV], and `progress`, int32
-    [1 + B * H * ceil(V / BV)], which must be 0. Others are given any address. `scratch` is `scratch_bytes` for each
-    program of the grid.
+    hand-over "lookback" takes two buffers: `carry`, float32 [programs, BK, BV], and `progress`, int32 [1 + programs],
+    which must be 0, for the programs of the grid. Others are given any address. `scratch` is `scratch_bytes` for each
+    program.
 
     Args:
         capabilities: Compute capabilities, 86 for 8.6, among those of `SHARED_BYTES`.
@@ -90,8 +91,9 @@ def compile_table(
     progress("compiling kernels", len(variants), len(variants))
     return KernelTable(
         kernels=tuple(kernels),
-        long_segment=LONG_SEGMENT,
+        short_call=SHORT_CALL,
         recompute_segments=RECOMPUTE_SEGMENTS,
+        long_segment=LONG_SEGMENT,
         step_programs=STEP_PROGRAMS,
     )
 

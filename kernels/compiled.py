@@ -25,7 +25,6 @@ POINTERS = (
 INTEGERS = (
     "T",
     "H",
-    "segment_chunks",
     *(f"{name}_stride_{axis}" for name in ("query", "key", "value", "output") for axis in "bth"),
     *(f"{name}_stride_{axis}" for name in ("past", "present") for axis in "bhkv"),
 )
@@ -68,7 +67,7 @@ class CompiledKernel:
     key_block: int
     value_block: int
     chunk: int
-    handover: Literal["none", "recompute", "chain"]
+    handover: Literal["none", "recompute", "lookback"]
     programs_per_processor: int
     entry: str
     cubin: bytes
@@ -85,12 +84,14 @@ class KernelTable:
 
     Attributes:
         kernels: At least the handover "none" for each op, dtype, K, V and compute capability.
-        long_segment: `sweep_plan.LONG_SEGMENT`.
+        short_call: `sweep_plan.SHORT_CALL`.
         recompute_segments: `sweep_plan.RECOMPUTE_SEGMENTS`.
+        long_segment: `sweep_plan.LONG_SEGMENT`.
         step_programs: `step_plan.STEP_PROGRAMS`.
     """
 
     kernels: tuple[CompiledKernel, ...]
-    long_segment: int
+    short_call: int
     recompute_segments: int
+    long_segment: int
     step_programs: int

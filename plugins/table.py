@@ -62,8 +62,9 @@ def _lines(table: KernelTable, offsets: dict[bytes, int], code: Path) -> Iterabl
     yield "};\n"
     yield f"extern int32_t const kKernelCount = {len(table.kernels)};\n"
     yield "extern unsigned char const* const kCubins = tnllm_cubins;\n"
-    yield f"extern int32_t const kLongSegment = {table.long_segment};\n"
+    yield f"extern int32_t const kShortCall = {table.short_call};\n"
     yield f"extern int32_t const kRecomputeSegments = {table.recompute_segments};\n"
+    yield f"extern int32_t const kLongSegment = {table.long_segment};\n"
     yield f"extern int64_t const kStepPrograms = {table.step_programs};\n\n"
     yield "}  // namespace tnllm\n"
 

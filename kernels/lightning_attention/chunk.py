@@ -128,7 +128,7 @@ def sweep(
         tile,
         plan,
     )
-    # Only a chain uses them.
+    # Only the look-back uses them.
     carry = torch.empty(cut.carry, dtype=torch.float32, device=device) if cut.carry else past_state
     progress = torch.zeros(cut.progress, dtype=torch.int32, device=device) if cut.progress else lengths
     tensors = (query, key, value, slope_rate, past_state, lengths, output, present, carry, progress)
@@ -170,16 +170,16 @@ def _cut(
     columns = B * H * -(-V // tile.value_block)
     plan = plan or sweep_plan(tile, columns, T, processors(device))
     BK = key_block(K)
-    chain = plan.handover == "chain"
+    states = columns * plan.segments if plan.handover == "lookback" else 0
     *activations, past, present = strides
     return _Cut(
         kernel=sweep_kernel if tile.kernel == "portable" else _hopper_kernel(),
         grid=(columns, plan.segments, 1),
-        numbers=(T, H, plan.segment_chunks, *(n for stride in activations for n in stride[:3]), *past, *present),
+        numbers=(T, H, *(n for stride in activations for n in stride[:3]), *past, *present),
         constants=_constants(K, V, tile, plan, reverse, store_state),
         warps=tile.warps,
-        carry=2 * columns * BK * tile.value_block if chain else 0,
-        progress=1 + columns if chain else 0,
+        carry=states * BK * tile.value_block,
+        progress=states + 1 if states else 0,
     )
 
 

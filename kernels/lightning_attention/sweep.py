@@ -8,9 +8,11 @@ matrix products (`blocked.py` has the formulas). The state at the start of its s
 
 - from `past_state`, when there is one segment;
 - by walking the tokens before the segment without output (HANDOVER = "recompute"), when they are few;
-- from the program before it ("chain"): it first walks its own segment without output, waits for the state before the
-  segment, adds both, passes the sum on, and only then walks the segment again for the output. In short
-  segments the second walk finds key and value in the L2 cache. The states go through two slots per head.
+- from the programs before it ("lookback"): all but the last first walk their own segments without output, the first one
+  from `past_state`, the others from zero, and publish the states at their ends. Each then adds up those before it,
+  decayed, nearest first, until the rest has decayed to nothing, and only then walks its segment again for the output.
+
+A walk without output skips the tokens that have decayed to nothing at its end: heads that forget soon hardly do it.
 
 Programs take tickets in the order in which they start, and wait only for lower tickets: no order of the hardware's
 scheduler can lock them up. The sums have one fixed order, so two runs give the same bits.
@@ -33,9 +35,11 @@ from tnllm_export.kernels.lightning_attention.arithmetic import (
     product_wide_right,
 )
 
+NEGLIGIBLE = tl.constexpr(40.0)  # exp(-40) is 4e-18: what has decayed so far is not looked at
 
-# One variant for all numbers of tokens, heads and chunks.
-@triton.jit(do_not_specialize=("T", "H", "segment_chunks"))
+
+# One variant for all numbers of tokens and heads.
+@triton.jit(do_not_specialize=("T", "H"))
 def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
     p_query,
     p_key,
@@ -45,11 +49,10 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
     p_lengths,
     p_output,
     p_present_state,
-    p_carry,  # [2, B*H*NV, BK, BV] float32: states on their way from one segment to the next
-    p_progress,  # [1 + B*H*NV] int32, zero: tickets taken; segments passed on, per head and block of columns
+    p_carry,  # [segments, B*H*NV, BK * BV] float32: states at the ends of segments that began with zero
+    p_progress,  # [1 + segments * B*H*NV] int32, zero: tickets taken; which of these states are there
     T,
     H,
-    segment_chunks,
     query_stride_b,
     query_stride_t,
     query_stride_h,
@@ -76,14 +79,15 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
     BV: tl.constexpr,
     C: tl.constexpr,
     REVERSE: tl.constexpr,
-    HANDOVER: tl.constexpr,  # "none", "recompute", "chain"
+    HANDOVER: tl.constexpr,  # "none", "recompute", "lookback"
     STORE_STATE: tl.constexpr,
     STATE_STAGES: tl.constexpr,  # chunks in flight while the state alone is computed
     STAGES: tl.constexpr,  # and with the output
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
     heads = tl.num_programs(0)  # B*H*NV
-    if HANDOVER == "chain":
+    segments = tl.num_programs(1)
+    if HANDOVER == "lookback":
         ticket = tl.atomic_add(p_progress, 1, sem="relaxed")
         i_segment = ticket // heads
         i_column = ticket % heads
@@ -94,10 +98,13 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
     i_b = (i_column // NV) // H
     i_h = (i_column // NV) % H
 
-    length = tl.minimum(tl.load(p_lengths + i_b), T)
+    length = tl.maximum(tl.minimum(tl.load(p_lengths + i_b), T), 0)
     n_chunks = (length + C - 1) // C
+    slope = tl.load(p_slope_rate + i_h)
+    segment_chunks = tl.maximum((n_chunks + segments - 1) // segments, 1)
     n_segments = tl.maximum((n_chunks + segment_chunks - 1) // segment_chunks, 1)
     first = i_segment * segment_chunks
+    end = tl.minimum(first + segment_chunks, n_chunks)
 
     row = tl.arange(0, C)
     k_column = tl.arange(0, BK)
@@ -106,7 +113,8 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
     output = tl.make_tensor_descriptor(p_output, [T, V], [output_stride_t, 1], [C, BV])
 
     # Padding: this program's share of the chunks without a valid token.
-    for i_chunk in range(tl.maximum(first, n_chunks), tl.minimum(first + segment_chunks, (T + C - 1) // C)):
+    padding = (T + C - 1) // C - n_chunks
+    for i_chunk in range(n_chunks + padding * i_segment // segments, n_chunks + padding * (i_segment + 1) // segments):
         output.store([i_chunk * C, i_v * BV], tl.zeros([C, BV], dtype=p_output.dtype.element_ty))
 
     if i_segment < n_segments:
@@ -118,7 +126,6 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
         query = tl.make_tensor_descriptor(p_query, [tokens, K], [query_stride_t, 1], [C, BK])
         key = tl.make_tensor_descriptor(p_key, [tokens, K], [key_stride_t, 1], [C, BK])
         value = tl.make_tensor_descriptor(p_value, [tokens, V], [value_stride_t, 1], [C, BV])
-        slope = tl.load(p_slope_rate + i_h)
 
         p_past_state += i_b.to(tl.int64) * past_stride_b + i_h.to(tl.int64) * past_stride_h
         # The state is kept transposed, [BV, BK]: so it goes from the accumulator into the next product by registers.
@@ -126,51 +133,55 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
         state_mask = (k_column < K)[None, :] & (v_column < V)[:, None]
 
         # [BV, BK]
-        if HANDOVER == "none":
-            state = tl.load(p_past, mask=state_mask, other=0.0)
-        elif HANDOVER == "recompute":
-            state = tl.load(p_past, mask=state_mask, other=0.0)
-            for i in tl.range(0, first, num_stages=STATE_STAGES):
-                t0, count = _chunk(i, n_chunks, length, C, REVERSE)
-                k = key.load([t0, 0])
-                v = value.load([t0, i_v * BV])
-                state = _advance(state, k, v, slope, count, C, REVERSE)
-        else:
+        if HANDOVER == "lookback":
+            slot = tl.arange(0, BV)[:, None] * BK + tl.arange(0, BK)[None, :]
+            p_slots = p_carry + i_column.to(tl.int64) * (BK * BV) + slot
+            slot_stride = heads.to(tl.int64) * (BK * BV)
+            p_ready = p_progress + 1 + i_column
             state = tl.zeros([BV, BK], dtype=tl.float32)
             if i_segment < n_segments - 1:
-                for i in tl.range(first, first + segment_chunks, num_stages=STATE_STAGES):
+                for i in tl.range(_begin(first, end, slope, C), end, num_stages=STATE_STAGES):
                     t0, count = _chunk(i, n_chunks, length, C, REVERSE)
                     k = key.load([t0, 0])
                     v = value.load([t0, i_v * BV])
                     state = _advance(state, k, v, slope, count, C, REVERSE)
-            p_passed_on = p_progress + 1 + i_column
-            slot = tl.arange(0, BV)[:, None] * BK + tl.arange(0, BK)[None, :]
-            p_slots = p_carry + i_column.to(tl.int64) * (BK * BV) + slot
-            slot_stride = heads.to(tl.int64) * (BK * BV)
+            # Only the first segment reads it, before anyone can write over it in place.
+            before = tl.zeros([BV, BK], dtype=tl.float32)
             if i_segment == 0:
                 before = tl.load(p_past, mask=state_mask, other=0.0)
-            else:
-                passed_on = tl.atomic_add(p_passed_on, 0, sem="acquire")
-                while passed_on < i_segment:
-                    passed_on = tl.atomic_add(p_passed_on, 0, sem="acquire")
-                tl.debug_barrier()
-                before = tl.load(p_slots + (i_segment % 2) * slot_stride, cache_modifier=".cg")
             if i_segment < n_segments - 1:
-                # Reverse: the first segment holds the chunk that may be partly valid.
-                count = segment_chunks * C
-                if REVERSE:
-                    count = tl.minimum((n_chunks - first) * C, length) - (n_chunks - first - segment_chunks) * C
-                after = decayed(before, slope * count) + state
-                tl.store(p_slots + ((i_segment + 1) % 2) * slot_stride, after, cache_modifier=".cg")
+                state += decayed(before, slope * _tokens(i_segment, segment_chunks, n_chunks, length, C, REVERSE))
+                tl.store(p_slots + i_segment * slot_stride, state, cache_modifier=".cg")
                 # All threads' stores come before the release.
                 tl.debug_barrier()
-                tl.atomic_add(p_passed_on, 1, sem="release")
+                tl.atomic_add(p_ready + i_segment * heads, 1, sem="release")
             state = before
+            i_before = i_segment
+            since = i_segment * 0  # tokens from there to here
+            while (i_before > 0) & (slope * since < NEGLIGIBLE):
+                i_before -= 1
+                ready = tl.atomic_add(p_ready + i_before * heads, 0, sem="acquire")
+                while ready == 0:
+                    ready = tl.atomic_add(p_ready + i_before * heads, 0, sem="acquire")
+                tl.debug_barrier()
+                state += decayed(tl.load(p_slots + i_before * slot_stride, cache_modifier=".cg"), slope * since)
+                since += _tokens(i_before, segment_chunks, n_chunks, length, C, REVERSE)
+        else:
+            state = tl.load(p_past, mask=state_mask, other=0.0)
+            if HANDOVER == "recompute":
+                begin = _begin(0, first, slope, C)
+                if begin > 0:
+                    state = decayed(state, slope * _tokens(0, begin, n_chunks, length, C, REVERSE))
+                for i in tl.range(begin, first, num_stages=STATE_STAGES):
+                    t0, count = _chunk(i, n_chunks, length, C, REVERSE)
+                    k = key.load([t0, 0])
+                    v = value.load([t0, i_v * BV])
+                    state = _advance(state, k, v, slope, count, C, REVERSE)
 
         # [C, C]: rows are keys, columns queries.
         sees = (row[:, None] >= row[None, :]) if REVERSE else (row[None, :] >= row[:, None])
         place = -row.to(tl.float32) if REVERSE else row.to(tl.float32)
-        for i in tl.range(first, tl.minimum(first + segment_chunks, n_chunks), num_stages=STAGES):
+        for i in tl.range(first, end, num_stages=STAGES):
             t0, count = _chunk(i, n_chunks, length, C, REVERSE)
             q = query.load([t0, 0])
             k = key.load([t0, 0])
@@ -194,6 +205,22 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
                 p_present_state += i_b.to(tl.int64) * present_stride_b + i_h.to(tl.int64) * present_stride_h
                 p_present = p_present_state + k_column[None, :] * present_stride_k
                 tl.store(p_present + v_column[:, None] * present_stride_v, state, mask=state_mask)
+
+
+@triton.jit
+def _tokens(i_segment, segment_chunks, n_chunks, length, C: tl.constexpr, REVERSE: tl.constexpr):
+    """Valid tokens of a segment that is not the last one."""
+    if REVERSE:  # The first segment holds the chunk that may be partly valid.
+        left = n_chunks - i_segment * segment_chunks
+        return tl.minimum(left * C, length) - (left - segment_chunks) * C
+    return segment_chunks * C
+
+
+@triton.jit
+def _begin(first, end, slope, C: tl.constexpr):
+    """The first of the chunks from `first` to `end` that are not forgotten at the end."""
+    remembered = 1.0 / tl.maximum(slope * C, 1e-6) * NEGLIGIBLE
+    return tl.maximum(first, end - remembered.to(tl.int32) - 2)
 
 
 @triton.jit

@@ -32,13 +32,13 @@ BV = gl.constexpr(64)  # columns of the state
 LOG2_E = gl.constexpr(1.4426950408889634)
 SLOW_RATE = gl.constexpr(0.6931471805599453)
 FACTORED_RATE = gl.constexpr(1.0)  # up to it, a chunk's decay and its inverse are far from the ends of float32
-NEGLIGIBLE = gl.constexpr(60.0)  # exp(-60) is 1e-26: what has decayed so far is not looked at
+NEGLIGIBLE = gl.constexpr(40.0)  # exp(-40) is 4e-18: what has decayed so far is not looked at
 STATE_STAGES = gl.constexpr(4)
 STAGES = gl.constexpr(2)
 
 
 # One variant for all numbers of tokens, heads and chunks.
-@gluon.jit(do_not_specialize=("T", "H", "segment_chunks"))
+@gluon.jit(do_not_specialize=("T", "H"))
 def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
     p_query,
     p_key,
@@ -52,7 +52,6 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
     p_progress,
     T,
     H,
-    segment_chunks,
     query_stride_b,
     query_stride_t,
     query_stride_h,
@@ -86,7 +85,8 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
 
     heads = gl.num_programs(0)
-    if HANDOVER == "chain":
+    segments = gl.num_programs(1)
+    if HANDOVER == "lookback":
         ticket = gl.atomic_add(p_progress, 1, sem="relaxed")
         i_segment = ticket // heads
         i_column = ticket % heads
@@ -97,10 +97,13 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
     i_b = (i_column // NV) // H
     i_h = (i_column // NV) % H
 
-    length = gl.minimum(gl.load(p_lengths + i_b), T)
+    length = gl.maximum(gl.minimum(gl.load(p_lengths + i_b), T), 0)
     n_chunks = (length + C - 1) // C
+    slope = gl.load(p_slope_rate + i_h)
+    segment_chunks = gl.maximum((n_chunks + segments - 1) // segments, 1)
     n_segments = gl.maximum((n_chunks + segment_chunks - 1) // segment_chunks, 1)
     first = i_segment * segment_chunks
+    end = gl.minimum(first + segment_chunks, n_chunks)
 
     p_output += i_b.to(gl.int64) * output_stride_b + i_h.to(gl.int64) * output_stride_h
     output = tma.make_tensor_descriptor(p_output, [T, V], [output_stride_t, 1], [C, BV], value_tile)
@@ -117,8 +120,9 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
     _barrier()
 
     # Padding: this program's share of the chunks without a valid token.
-    padding_from = gl.maximum(first, n_chunks)
-    padding_to = gl.minimum(first + segment_chunks, (T + C - 1) // C)
+    padding = (T + C - 1) // C - n_chunks
+    padding_from = n_chunks + padding * i_segment // segments
+    padding_to = n_chunks + padding * (i_segment + 1) // segments
     if padding_from < padding_to:
         score_high.store(gl.full([C, BV], 0.0, gl.bfloat16, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
         fence_async_shared()
@@ -136,7 +140,6 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
         query = tma.make_tensor_descriptor(p_query, [tokens, K], [query_stride_t, 1], [C, K], row_tile)
         key = tma.make_tensor_descriptor(p_key, [tokens, K], [key_stride_t, 1], [C, K], row_tile)
         value = tma.make_tensor_descriptor(p_value, [tokens, V], [value_stride_t, 1], [C, BV], value_tile)
-        slope = gl.load(p_slope_rate + i_h)
         column = i_v * BV
 
         k_index = gl.arange(0, K, layout=gl.SliceLayout(0, state_layout))
@@ -144,7 +147,6 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
         p_past_state += i_b.to(gl.int64) * past_stride_b + i_h.to(gl.int64) * past_stride_h
         p_past = p_past_state + k_index[None, :] * past_stride_k + v_index[:, None] * past_stride_v
 
-        end = gl.minimum(first + segment_chunks, n_chunks)
         # [BV, K], as in `sweep.py`
         if HANDOVER == "none":
             _load(query, key, value, rows, columns, barriers, first, 0, end, column, n_chunks, REVERSE)
@@ -171,6 +173,10 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
             _load(query, key, value, rows, columns, barriers, first, 0, end, column, n_chunks, REVERSE)
             _load(query, key, value, rows, columns, barriers, first + 1, 1, end, column, n_chunks, REVERSE)
         else:
+            local_v = gl.arange(0, BV, layout=gl.SliceLayout(1, state_layout))
+            p_slots = p_carry + i_column.to(gl.int64) * (K * BV) + local_v[:, None] * K + k_index[None, :]
+            slot_stride = heads.to(gl.int64) * (K * BV)
+            p_ready = p_progress + 1 + i_column
             state = gl.zeros([BV, K], gl.float32, state_layout)
             if i_segment < n_segments - 1:
                 state = _walk(
@@ -182,7 +188,7 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
                     barriers,
                     slope,
                     first,
-                    first + segment_chunks,
+                    end,
                     column,
                     n_chunks,
                     length,
@@ -191,29 +197,26 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0912, PLR0915
                 )
             _load(query, key, value, rows, columns, barriers, first, 0, end, column, n_chunks, REVERSE)
             _load(query, key, value, rows, columns, barriers, first + 1, 1, end, column, n_chunks, REVERSE)
-            p_passed_on = p_progress + 1 + i_column
-            local_v = gl.arange(0, BV, layout=gl.SliceLayout(1, state_layout))
-            p_slots = p_carry + i_column.to(gl.int64) * (K * BV) + local_v[:, None] * K + k_index[None, :]
-            slot_stride = heads.to(gl.int64) * (K * BV)
+            before = gl.zeros([BV, K], gl.float32, state_layout)
             if i_segment == 0:
                 before = gl.load(p_past)
-            else:
-                passed_on = gl.atomic_add(p_passed_on, 0, sem="acquire")
-                while passed_on < i_segment:
-                    passed_on = gl.atomic_add(p_passed_on, 0, sem="acquire")
-                _barrier()
-                before = gl.load(p_slots + (i_segment % 2) * slot_stride, cache_modifier=".cg")
             if i_segment < n_segments - 1:
-                # Reverse: the first segment holds the chunk that may be partly valid.
-                count = segment_chunks * C
-                if REVERSE:
-                    count = gl.minimum((n_chunks - first) * C, length) - (n_chunks - first - segment_chunks) * C
-                after = _decayed(before, slope * count) + state
-                gl.store(p_slots + ((i_segment + 1) % 2) * slot_stride, after, cache_modifier=".cg")
+                state += _decayed(before, slope * _tokens(i_segment, segment_chunks, n_chunks, length, REVERSE))
+                gl.store(p_slots + i_segment * slot_stride, state, cache_modifier=".cg")
                 # All threads' stores come before the release.
                 _barrier()
-                gl.atomic_add(p_passed_on, 1, sem="release")
+                gl.atomic_add(p_ready + i_segment * heads, 1, sem="release")
             state = before
+            i_before = i_segment
+            since = i_segment * 0
+            while (i_before > 0) & (slope * since < NEGLIGIBLE):
+                i_before -= 1
+                ready = gl.atomic_add(p_ready + i_before * heads, 0, sem="acquire")
+                while ready == 0:
+                    ready = gl.atomic_add(p_ready + i_before * heads, 0, sem="acquire")
+                _barrier()
+                state += _decayed(gl.load(p_slots + i_before * slot_stride, cache_modifier=".cg"), slope * since)
+                since += _tokens(i_before, segment_chunks, n_chunks, length, REVERSE)
 
         # A head that forgets within few tokens would overflow what the others count backwards.
         if slope <= FACTORED_RATE:
@@ -366,8 +369,8 @@ def _walk(
         low = begin * C
         high = gl.minimum(end * C, length) - 1
     state = _decayed(state, slope * gl.maximum(high + 1 - low, 0))
-    seen = gl.minimum(NEGLIGIBLE / gl.maximum(slope, 1e-6) / C, 1e6).to(gl.int32) + 2
-    begin = gl.maximum(begin, end - seen)
+    remembered = 1.0 / gl.maximum(slope * C, 1e-6) * NEGLIGIBLE
+    begin = gl.maximum(begin, end - remembered.to(gl.int32) - 2)
     if begin < end:
         rate = -slope * LOG2_E
         for early in gl.static_range(STATE_STAGES):
@@ -478,6 +481,15 @@ def _decay_factors(rate):
     slow = rate < SLOW_RATE
     change = gl.where(slow, gl.where(rate < 0.1, series, decay - 1.0), decay)
     return gl.where(slow, 1.0, 0.0), change
+
+
+@gluon.jit
+def _tokens(i_segment, segment_chunks, n_chunks, length, REVERSE: gl.constexpr):
+    """As `sweep.segment_tokens`."""
+    if REVERSE:
+        left = n_chunks - i_segment * segment_chunks
+        return gl.minimum(left * C, length) - (left - segment_chunks) * C
+    return segment_chunks * C
 
 
 @gluon.jit

@@ -6,7 +6,7 @@ Plain data and arithmetic without torch and Triton: the compiled kernels of a pl
 from dataclasses import dataclass
 from typing import Literal
 
-Handover = Literal["none", "recompute", "chain"]
+Handover = Literal["none", "recompute", "lookback"]
 Activation = Literal["float32", "float16", "bfloat16"]
 Kernel = Literal["portable", "hopper"]
 """`sweep.py` or `sweep_hopper.py`."""
@@ -36,18 +36,16 @@ class SweepPlan:
 
     handover: Handover
     segments: int
-    segment_chunks: int
 
 
-LONG_SEGMENT = 64
-"""Chunks of a segment, at most; and so many in all before segments hand their states over. Longer segments wait less
-for each other; shorter ones spread a short rest over the device."""
-
-MAX_SEGMENTS = 65535
-"""The longest second axis of a grid."""
+SHORT_CALL = 32
+"""Up to so many chunks, walking the tokens before a segment again takes less time than waiting for their state."""
 
 RECOMPUTE_SEGMENTS = 4
-"""Up to so many segments, walking the tokens before a segment again takes less time than handing states over."""
+"""Segments of so few chunks, at most: each walks all tokens before it."""
+
+LONG_SEGMENT = 128
+"""Chunks from which a segment is rather cut in two: heads that remember long walk twice, and delay the end less."""
 
 HOPPER_TILE = SweepTile(
     chunk=64, value_block=64, warps=4, stages=2, state_stages=4, programs_per_processor=2, kernel="hopper"
@@ -111,13 +109,12 @@ def sweep_plan(tile: SweepTile, columns: int, T: int, processors: int) -> SweepP
     columns = max(columns, 1)
     wanted = processors * tile.programs_per_processor // columns
     if wanted < 2 or chunks < 2:
-        return SweepPlan("none", 1, chunks)
-    if chunks <= LONG_SEGMENT:
-        segments = min(max(processors // columns, 2), RECOMPUTE_SEGMENTS)
-        segment_chunks = -(-chunks // segments)
-        return SweepPlan("recompute", -(-chunks // segment_chunks), segment_chunks)
-    segment_chunks = max(min(-(-chunks // wanted), LONG_SEGMENT), -(-chunks // MAX_SEGMENTS))
-    return SweepPlan("chain", -(-chunks // segment_chunks), segment_chunks)
+        return SweepPlan("none", 1)
+    if chunks <= SHORT_CALL:
+        return SweepPlan("recompute", min(max(processors // columns, 2), RECOMPUTE_SEGMENTS, chunks))
+    if chunks >= 2 * LONG_SEGMENT * wanted:
+        wanted *= 2
+    return SweepPlan("lookback", min(wanted, chunks))
 
 
 def key_block(K: int) -> int:

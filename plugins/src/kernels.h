@@ -8,13 +8,13 @@ namespace tnllm {
 
 enum class Op : uint8_t { LightningAttention, LightningAttentionStep };
 enum class Dtype : uint8_t { float32, float16, bfloat16 };
-enum class Handover : uint8_t { none, recompute, chain };
+enum class Handover : uint8_t { none, recompute, lookback };
 
 // Names as in kernels/compiled.py.
 enum class Argument : uint8_t {
     query, key, value, slope_rate, past_state, lengths, output, present_state, carry, progress, scratch,
     profile_scratch,
-    T, H, segment_chunks,
+    T, H,
     query_stride_b, query_stride_t, query_stride_h,
     key_stride_b, key_stride_t, key_stride_h,
     value_stride_b, value_stride_t, value_stride_h,
@@ -46,8 +46,9 @@ struct Kernel {
 extern Kernel const kKernels[];
 extern int32_t const kKernelCount;
 extern unsigned char const* const kCubins;
-extern int32_t const kLongSegment;
+extern int32_t const kShortCall;
 extern int32_t const kRecomputeSegments;
+extern int32_t const kLongSegment;
 extern int64_t const kStepPrograms;
 
 }  // namespace tnllm

@@ -37,14 +37,13 @@ try {
     return nullptr;
 }
 
-int64_t integer(Argument argument, Call const& call, Plan const& plan) noexcept
+int64_t integer(Argument argument, Call const& call) noexcept
 {
     int64_t const keyRow = call.H * call.K;
     int64_t const valueRow = call.H * call.V;
     switch (argument) {
     case Argument::T: return call.T;
     case Argument::H: return call.H;
-    case Argument::segment_chunks: return plan.segmentChunks;
     case Argument::query_stride_b:
     case Argument::key_stride_b: return call.T * keyRow;
     case Argument::query_stride_t:
@@ -91,8 +90,9 @@ bool launch(Call const& call, Plan const& plan, Device const& device, Addresses 
     }
     Driver const& cuda = *driver();
     auto* const base = static_cast<unsigned char*>(workspace);
-    if (plan.kernel->handover == Handover::chain) {
-        CUresult const result = cuda.cuMemsetD32Async(reinterpret_cast<CUdeviceptr>(base), 0, 1 + plan.columns, stream);
+    if (plan.kernel->handover == Handover::lookback) {
+        CUresult const result = cuda.cuMemsetD32Async(
+            reinterpret_cast<CUdeviceptr>(base), 0, 1 + plan.columns * plan.segments, stream);
         if (result != 0) {
             reason = errorName(result);
             return false;
@@ -110,7 +110,7 @@ bool launch(Call const& call, Plan const& plan, Device const& device, Addresses 
         if (int(argument) < kPointers) {
             arguments[i] = &addresses.of[int(argument)];
         } else {
-            integers[i] = integer(argument, call, plan);
+            integers[i] = integer(argument, call);
             arguments[i] = &integers[i];
         }
     }

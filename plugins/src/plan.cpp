@@ -5,7 +5,6 @@
 namespace tnllm {
 namespace {
 
-constexpr int64_t kMostSegments = 65535;  // the longest second axis of a grid
 constexpr int32_t kLeastShared = 99 * 1024;  // bytes that a program may have on 8.6 and 8.9; more on 8.0
 constexpr int64_t kMostProcessors = 256;  // no GPU has more multiprocessors; used where the GPU is not known yet
 
@@ -36,9 +35,9 @@ int64_t columnsOf(Kernel const& kernel, Call const& call) noexcept
 void layOut(Plan& plan) noexcept
 {
     Kernel const& kernel = *plan.kernel;
-    bool const chain = kernel.handover == Handover::chain;
-    size_t const progress = chain ? aligned(sizeof(int32_t) * (1 + plan.columns)) : 0;
-    size_t const carry = chain ? aligned(sizeof(float) * 2 * plan.columns * kernel.BK * kernel.BV) : 0;
+    size_t const states = kernel.handover == Handover::lookback ? plan.columns * plan.segments : 0;
+    size_t const progress = states > 0 ? aligned(sizeof(int32_t) * (1 + states)) : 0;
+    size_t const carry = aligned(sizeof(float) * states * kernel.BK * kernel.BV);
     plan.carryOffset = progress;
     plan.scratchOffset = progress + carry;
     plan.workspaceBytes = plan.scratchOffset + aligned(size_t(kernel.scratchBytes) * plan.columns * plan.segments);
@@ -76,24 +75,24 @@ bool chooseChunk(Call const& call, int32_t capability, int32_t processors, Plan&
     int64_t const chunks = std::max<int64_t>(ceilDiv(call.T, tile.C), 1);
     plan.columns = columnsOf(tile, call);
     plan.segments = 1;
-    plan.segmentChunks = chunks;
     int64_t const wanted = int64_t(processors) * tile.programsPerProcessor / std::max<int64_t>(plan.columns, 1);
     if (wanted < 2 || chunks < 2) {
         return true;
     }
-    bool const few = chunks <= kLongSegment;
+    bool const few = chunks <= kShortCall;
     // Where every segment starts from past_state, the last one may not overwrite it before the others have read it.
     bool const recompute = few && !call.inPlace;
-    Kernel const* cut = withHandover(call, capability, recompute ? Handover::recompute : Handover::chain);
+    Kernel const* cut = withHandover(call, capability, recompute ? Handover::recompute : Handover::lookback);
     if (cut == nullptr) {
         return true;
     }
     plan.kernel = cut;
-    int64_t const spread = std::max<int64_t>(processors / std::max<int64_t>(plan.columns, 1), 2);
-    plan.segmentChunks = few ? ceilDiv(chunks, std::min<int64_t>(spread, kRecomputeSegments))
-                             : std::max(std::min<int64_t>(ceilDiv(chunks, wanted), kLongSegment),
-                                   ceilDiv(chunks, kMostSegments));
-    plan.segments = ceilDiv(chunks, plan.segmentChunks);
+    if (few) {
+        int64_t const spread = std::max<int64_t>(processors / std::max<int64_t>(plan.columns, 1), 2);
+        plan.segments = std::min<int64_t>({spread, kRecomputeSegments, chunks});
+    } else {
+        plan.segments = std::min(chunks >= 2 * kLongSegment * wanted ? 2 * wanted : wanted, chunks);
+    }
     return true;
 }
 
@@ -120,7 +119,6 @@ bool chooseStep(Call const& call, int32_t capability, int32_t processors, Plan& 
     }
     plan.columns = columnsOf(*plan.kernel, call);
     plan.segments = 1;
-    plan.segmentChunks = 1;
     return true;
 }
 
@@ -152,14 +150,13 @@ size_t largestWorkspace(Call const& call) noexcept
         if (!fits(kernel, call)) {
             continue;
         }
-        // A smaller batch has more segments per column, but never more programs than a full device wants.
+        // However few the columns, a call is cut into no more programs than a full device wants, or twice as many.
         int64_t const columns = columnsOf(kernel, call);
-        int64_t const segments = std::max<int64_t>(ceilDiv(ceilDiv(call.T, kernel.C), kLongSegment), 1);
-        int64_t const programs = std::max(columns * segments, kMostProcessors * kernel.programsPerProcessor);
+        int64_t const chunks = std::max<int64_t>(ceilDiv(call.T, kernel.C), 1);
+        int64_t const cut = std::min(columns * chunks, 2 * kMostProcessors * kernel.programsPerProcessor);
+        int64_t const programs = std::max(columns, cut);
         bool const step = call.op == Op::LightningAttentionStep;
-        // What has more columns is not cut, and hands nothing over.
-        int64_t const cut = std::min(columns, kMostProcessors * kernel.programsPerProcessor / 2);
-        Plan plan{&kernel, cut, 1, 1, 0, 0, 0};
+        Plan plan{&kernel, 1, cut, 0, 0, 0};
         layOut(plan);
         size_t const scratch = aligned(size_t(kernel.scratchBytes) * (step ? columns : programs));
         largest = std::max(largest, plan.scratchOffset + scratch);

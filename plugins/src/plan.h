@@ -18,7 +18,6 @@ struct Plan {
     Kernel const* kernel;
     int64_t columns;   // programs along the grid's first axis
     int64_t segments;  // and along its second
-    int64_t segmentChunks;
     size_t carryOffset, scratchOffset, workspaceBytes;  // of the workspace; `progress` stands at its start
 };
 

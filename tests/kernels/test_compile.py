@@ -9,7 +9,13 @@ from tnllm_export.kernels import compile as ahead_of_time
 from tnllm_export.kernels.compile import SHARED_BYTES, compile_table
 from tnllm_export.kernels.compiled import INTEGERS, POINTERS
 from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_tile
-from tnllm_export.kernels.lightning_attention.sweep_plan import LONG_SEGMENT, RECOMPUTE_SEGMENTS, sweep_plan, sweep_tile
+from tnllm_export.kernels.lightning_attention.sweep_plan import (
+    LONG_SEGMENT,
+    RECOMPUTE_SEGMENTS,
+    SHORT_CALL,
+    sweep_plan,
+    sweep_tile,
+)
 
 CHUNK, STEP = "LightningAttention", "LightningAttentionStep"
 
@@ -18,7 +24,8 @@ CHUNK, STEP = "LightningAttention", "LightningAttentionStep"
 def test_every_architecture_has_all_kernels_that_a_plan_may_choose():
     reports = []
     table = compile_table(tuple(SHARED_BYTES), ((32, 16),), ("bfloat16",), progress=lambda *a: reports.append(a))
-    assert (table.long_segment, table.recompute_segments, table.step_programs) == (
+    assert (table.short_call, table.long_segment, table.recompute_segments, table.step_programs) == (
+        SHORT_CALL,
         LONG_SEGMENT,
         RECOMPUTE_SEGMENTS,
         STEP_PROGRAMS,

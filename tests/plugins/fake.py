@@ -14,7 +14,7 @@ HEAD_SIZES = ((32, 16), (16, 16), (96, 48), (48, 48))
 
 CHUNK_ARGUMENTS = (
     *("query", "key", "value", "slope_rate", "past_state", "lengths", "output", "present_state", "carry", "progress"),
-    *("T", "H", "segment_chunks", "query_stride_b", "past_stride_k", "scratch", "profile_scratch"),
+    *("T", "H", "query_stride_b", "past_stride_k", "scratch", "profile_scratch"),
 )
 STEP_ARGUMENTS = (
     *("query", "key", "value", "slope_rate", "past_state", "output", "present_state"),
@@ -25,11 +25,11 @@ STEP_ARGUMENTS = (
 def fake_table() -> KernelTable:
     kernels = []
     for capability, dtype, (K, V) in product(CAPABILITIES, ("float32", "float16", "bfloat16"), HEAD_SIZES):
-        for handover in ("none", "recompute", "chain"):
+        for handover in ("none", "recompute", "lookback"):
             kernels.append(fake("LightningAttention", capability, dtype, K, V, 16, 64, handover, CHUNK_ARGUMENTS))
         for block in (16, 32, 64):
             kernels.append(fake("LightningAttentionStep", capability, dtype, K, V, block, 1, "none", STEP_ARGUMENTS))
-    return KernelTable(tuple(kernels), long_segment=64, recompute_segments=4, step_programs=16)
+    return KernelTable(tuple(kernels), short_call=32, recompute_segments=4, long_segment=128, step_programs=16)
 
 
 def fake(op, capability, dtype, K, V, block, chunk, handover, arguments) -> CompiledKernel:

@@ -78,7 +78,7 @@ def test_a_kernel_is_told_addresses_and_strides_that_need_more_than_32_bits(cuda
         assert cuda.state.grid[0] == B * H * 3
 
 
-def test_a_chain_begins_with_a_cleared_counter_in_the_workspace(cuda, plugins):
+def test_a_look_back_begins_with_cleared_counters_in_the_workspace(cuda, plugins):
     bound = tensors(CHUNK, 1, 16384, 1)
     cuda.state.argument_count = len(CHUNK_ARGUMENTS)
     plugin = plugins.create(CHUNK)
@@ -86,12 +86,12 @@ def test_a_chain_begins_with_a_cleared_counter_in_the_workspace(cuda, plugins):
     plugin.run(bound, WORKSPACE)
     told = dict(zip(CHUNK_ARGUMENTS, cuda.state.arguments, strict=False))
     columns, segments = cuda.state.grid[:2]
-    assert (columns, segments) == (3, -(-256 // told["segment_chunks"]))
+    assert columns == 3
     assert segments > 4
     assert cuda.state.count("memset") == 1
-    assert tuple(cuda.state.memset) == (WORKSPACE.address, 1 + columns)
+    assert tuple(cuda.state.memset) == (WORKSPACE.address, 1 + columns * segments)
     assert told["progress"] == WORKSPACE.address
-    assert told["carry"] == WORKSPACE.address + 256
+    assert told["carry"] == WORKSPACE.address + -(-4 * (1 + columns * segments) // 256) * 256
 
 
 def test_a_kernel_is_loaded_once_for_all_shapes_clones_and_contexts(cuda, plugins):

@@ -15,7 +15,7 @@ from tnllm_export.kernels.lightning_attention.reference import (
 
 pytestmark = pytest.mark.gpu
 
-# B, T, H: one segment, some that are recomputed, chains of short and of long ones; few columns and many.
+# B, T, H: one segment, some that are recomputed, look-backs over short and long ones; few columns and many.
 SHAPES = (
     *((1, 1, 5), (3, 63, 2), (2, 64, 3), (64, 257, 3), (3, 1024, 2)),
     *((1, 4096, 2), (5, 4999, 1), (64, 2048, 1), (1, 16384, 3), (2, 16383, 1)),

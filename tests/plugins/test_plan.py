@@ -7,14 +7,20 @@ from itertools import product
 import pytest
 
 from tnllm_export.kernels.lightning_attention.step_kernel import step_tile
-from tnllm_export.kernels.lightning_attention.sweep_plan import LONG_SEGMENT, RECOMPUTE_SEGMENTS, SweepTile, sweep_plan
+from tnllm_export.kernels.lightning_attention.sweep_plan import (
+    LONG_SEGMENT,
+    RECOMPUTE_SEGMENTS,
+    SHORT_CALL,
+    SweepTile,
+    sweep_plan,
+)
 from tnllm_export.plugins.library import SOURCES
 from tnllm_export.plugins.table import TABLE, write_table
 
 SHIM = """
 #include "plan.h"
 using namespace tnllm;
-struct Answer { int32_t capability, block, handover; int64_t columns, segments, segmentChunks, workspace; };
+struct Answer { int32_t capability, block, handover; int64_t columns, segments, workspace; };
 static Call call(int op, int64_t B, int64_t T, int64_t H, int64_t K, int64_t V, bool inPlace = false)
 {
     return Call{Op(op), Dtype::bfloat16, B, T, H, K, V, inPlace};
@@ -26,7 +32,7 @@ extern "C" bool answer(
     Plan plan{};
     if (!choose(call(op, B, T, H, K, V, inPlace), sm, processors, plan)) return false;
     *out = Answer{plan.kernel->capability, plan.kernel->BV, int32_t(plan.kernel->handover), plan.columns, plan.segments,
-        plan.segmentChunks, int64_t(plan.workspaceBytes)};
+        int64_t(plan.workspaceBytes)};
     return true;
 }
 extern "C" int64_t largest(int op, int64_t B, int64_t T, int64_t H, int64_t K, int64_t V)
@@ -36,14 +42,14 @@ extern "C" int64_t largest(int op, int64_t B, int64_t T, int64_t H, int64_t K, i
 """
 
 CHUNK, STEP = 0, 1
-HANDOVERS = ("none", "recompute", "chain")
+HANDOVERS = ("none", "recompute", "lookback")
 CALLS = [*product((1, 2, 7, 64), (1, 63, 64, 257, 2048, 16384), (1, 5, 32))]
 
 
 class Answer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("capability", "block", "handover")),
-        *((name, ctypes.c_int64) for name in ("columns", "segments", "segment_chunks", "workspace")),
+        *((name, ctypes.c_int64) for name in ("columns", "segments", "workspace")),
     )
 
 
@@ -71,17 +77,14 @@ def ask(shim, op, B, T, H, K, V, capability, processors, in_place=False):
 
 @pytest.mark.parametrize("processors", [20, 132])
 def test_the_chunk_op_is_cut_as_triton_cuts_it(table, plans, processors):
-    assert (table.long_segment, table.recompute_segments) == (LONG_SEGMENT, RECOMPUTE_SEGMENTS)
+    rule = (table.short_call, table.recompute_segments, table.long_segment)
+    assert rule == (SHORT_CALL, RECOMPUTE_SEGMENTS, LONG_SEGMENT)
     tile = SweepTile(chunk=64, value_block=16, warps=4, stages=1, state_stages=1, programs_per_processor=2)
     seen = set()
     for B, T, H in CALLS:
         found = ask(plans, CHUNK, B, T, H, 96, 48, 86, processors)
         expected = sweep_plan(tile, B * H * 3, T, processors)
-        assert (found.columns, found.segments, found.segment_chunks) == (
-            B * H * 3,
-            expected.segments,
-            expected.segment_chunks,
-        )
+        assert (found.columns, found.segments) == (B * H * 3, expected.segments)
         assert HANDOVERS[found.handover] == expected.handover
         seen.add(expected.handover)
     assert seen == set(HANDOVERS)
@@ -91,8 +94,8 @@ def test_a_state_in_place_is_never_read_by_one_segment_after_another_has_written
     for processors, (B, T, H) in product((20, 132), CALLS):
         beside = ask(plans, CHUNK, B, T, H, 96, 48, 86, processors)
         in_place = ask(plans, CHUNK, B, T, H, 96, 48, 86, processors, in_place=True)
-        assert (in_place.segments, in_place.segment_chunks) == (beside.segments, beside.segment_chunks)
-        assert HANDOVERS[in_place.handover] == ("none" if beside.segments == 1 else "chain")
+        assert in_place.segments == beside.segments
+        assert HANDOVERS[in_place.handover] == ("none" if beside.segments == 1 else "lookback")
 
 
 @pytest.mark.parametrize("processors", [20, 132])
@@ -110,7 +113,7 @@ def test_the_step_takes_the_block_that_triton_takes(plans, processors):
 def test_the_workspace_that_tensorrt_is_asked_for_is_enough_for_every_smaller_call_on_any_gpu(plans):
     B, T, H, K, V = 64, 16384, 32, 96, 48
     most = plans.largest(CHUNK, B, T, H, K, V)
-    # Two states for each column that a chain may have: B * H * 3 columns here are too many for one.
+    # A state for each program of a call that is cut: B * H * 3 columns here are too many for that.
     assert most < 64 << 20
     used = 0
     for (b, t, h), capability, processors in product(CALLS, (80, 86, 120), (1, 20, 132, 256)):

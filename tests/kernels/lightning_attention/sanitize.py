@@ -16,7 +16,7 @@ from tnllm_export.kernels.lightning_attention.chunk import sweep
 from tnllm_export.kernels.lightning_attention.launch import capability
 from tnllm_export.kernels.lightning_attention.sweep_plan import Handover, SweepPlan, sweep_tile
 
-PLANS: dict[Handover, int] = {"none": 1, "recompute": 3, "chain": 5}
+PLANS: dict[Handover, int] = {"none": 1, "recompute": 3, "lookback": 5}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         tile = sweep_tile(K, V, name, capability(torch.device("cuda", torch.cuda.current_device())))  # type: ignore[arg-type]
         chunks = 10
         arguments = inputs(3, tile.chunk * chunks - 5, 1, K, V, dtype)
-        plan = SweepPlan(handover, segments, -(-chunks // segments))
+        plan = SweepPlan(handover, segments)
         for reverse in (False, True):
             output, state = torch.empty_like(arguments[2]), torch.empty_like(arguments[4])
             sweep(*arguments, output, state, reverse=reverse, plan=plan)

@@ -27,7 +27,7 @@ HALF, AGAINST_BLOCKED = 5e-3, 1.1
 STATE = 5e-5
 
 SIZES = (16, 48, 64, 80, 128, 256)
-TOKENS = (1, 63, 64, 257, 1024, 4096, 4999)  # one segment, some that are recomputed, and a chain
+TOKENS = (1, 63, 64, 257, 1024, 4096, 4999)  # one segment, some that are recomputed, and a look-back
 FEW = ((16, 16), (48, 80), (64, 64), (128, 128), (16, 256), (256, 128), (256, 256))
 HALVES = (torch.bfloat16, torch.float16)
 FORWARD = [

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from tnllm_export.kernels.lightning_attention.chunk import sweep
 from tnllm_export.kernels.lightning_attention.reference import lightning_attention_reference
-from tnllm_export.kernels.lightning_attention.sweep_plan import MAX_SEGMENTS, SweepPlan, SweepTile, sweep_plan
+from tnllm_export.kernels.lightning_attention.sweep_plan import SweepPlan, SweepTile, sweep_plan
 
 # The interpreter computes with numpy, which warns of what is masked afterwards.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
@@ -16,16 +16,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:Run
 # most, and bfloat16 is cut off, 2^-7, by Triton's interpreter; products of wide numbers are taken in two parts, 2^-16.
 TOLERANCE = {torch.float32: (2e-6, 2e-6), torch.float16: (5e-4, 2e-5), torch.bfloat16: (2.0**-7, 3e-5)}
 
-# B, T, H, K, V, C, BV, hand-over, chunks per segment
+# B, T, H, K, V, C, BV, hand-over, segments
 CUTS = [
     (1, 1, 1, 16, 16, 16, 16, "none", 1),
-    (3, 63, 1, 48, 32, 32, 16, "none", 2),
-    (2, 257, 1, 16, 48, 16, 32, "none", 17),
+    (3, 63, 1, 48, 32, 32, 16, "none", 1),
+    (2, 257, 1, 16, 48, 16, 32, "none", 1),
     (3, 63, 2, 32, 16, 16, 16, "recompute", 2),
     (2, 257, 1, 80, 16, 32, 16, "recompute", 3),
-    (3, 63, 1, 16, 32, 16, 16, "chain", 1),
-    (3, 257, 1, 16, 80, 32, 64, "chain", 2),
-    (1, 257, 2, 48, 16, 16, 16, "chain", 5),
+    (3, 63, 1, 16, 32, 16, 16, "lookback", 4),
+    (3, 257, 1, 16, 80, 32, 64, "lookback", 5),
+    (1, 257, 2, 48, 16, 16, 16, "lookback", 4),
+    (1, 40, 1, 16, 16, 16, 16, "lookback", 7),
 ]
 
 
@@ -50,7 +51,7 @@ def reverse_reference(query, key, value, slope_rate, past_state, lengths):
 )
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_every_cut_computes_the_recurrence(chunk_inputs, in_float64, relative_error, device, cut, dtype, reverse):
-    B, T, H, K, V, C, BV, handover, segment_chunks = cut
+    B, T, H, K, V, C, BV, handover, segments = cut
     inputs = chunk_inputs(B, T, H, K, V, dtype)
     if B == 3:
         inputs[5][1] = 0
@@ -59,7 +60,7 @@ def test_every_cut_computes_the_recurrence(chunk_inputs, in_float64, relative_er
     inputs = [x.to(device) for x in inputs]
     output, state = torch.full_like(inputs[2], torch.nan), torch.full_like(inputs[4], torch.nan)
     tile = SweepTile(chunk=C, value_block=BV, warps=4, stages=1, state_stages=1, programs_per_processor=1)
-    plan = SweepPlan(handover, -(-T // (C * segment_chunks)), segment_chunks)
+    plan = SweepPlan(handover, segments)
     sweep(*inputs, output, state, reverse=reverse, tile=tile, plan=plan)
     output_tolerance, state_tolerance = TOLERANCE[dtype]
     assert relative_error(output, expected_output) < output_tolerance
@@ -69,11 +70,11 @@ def test_every_cut_computes_the_recurrence(chunk_inputs, in_float64, relative_er
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("handover", ["none", "recompute", "chain"])
+@pytest.mark.parametrize("handover", ["none", "recompute", "lookback"])
 def test_lengths_are_cut_to_the_tokens_that_are_there(chunk_inputs, device, handover):
     *inputs, _ = (x.to(device) for x in chunk_inputs(3, 70, 1, 16, 16))
     tile = SweepTile(chunk=16, value_block=16, warps=4, stages=1, state_stages=1, programs_per_processor=1)
-    plan = SweepPlan(handover, 1, 5) if handover == "none" else SweepPlan(handover, 3, 2)
+    plan = SweepPlan(handover, 1 if handover == "none" else 3)
     results = []
     for lengths in ([70, 0, 0], [1000, -1, -1000]):
         output, state = torch.full_like(inputs[2], torch.nan), torch.full_like(inputs[4], torch.nan)
@@ -141,9 +142,8 @@ def test_nothing_to_do_is_allowed(chunk_inputs, device):
 
 @pytest.mark.parametrize("T", [1, 64, 65, 2048, 2049, 1 << 20, (1 << 31) - 1])
 @pytest.mark.parametrize("columns", [1, 64, 100_000])
-def test_segments_of_a_plan_cover_all_tokens_and_fit_a_grid(T, columns):
+def test_a_plan_has_no_more_segments_than_chunks_or_room(T, columns):
     tile = SweepTile(chunk=32, value_block=32, warps=4, stages=1, state_stages=1, programs_per_processor=2)
     plan = sweep_plan(tile, columns, T, processors=132)
-    assert 1 <= plan.segments <= MAX_SEGMENTS
-    assert (plan.segments - 1) * plan.segment_chunks * 32 < T <= plan.segments * plan.segment_chunks * 32
+    assert 1 <= plan.segments <= min(-(-T // 32), 4 * 132)
     assert (plan.handover == "none") == (plan.segments == 1)
