@@ -50,7 +50,9 @@ class ProgramTracer:
             mixer.slope_rate.copy_(
                 slope_rates(config.decay_type, layer, config.decoder_layers, config.decoder_attention_heads)
             )
-        self._positions = torch.zeros(_B, dtype=torch.int64, device=device)
+        # Inductor takes inputs as aligned to 16 bytes if these are, and warns and copies at every step when one is not.
+        # Decode's positions follow its token ids in one buffer.
+        self._positions = torch.zeros(_B + 1, dtype=torch.int64, device=device)[1:]
         self._state = self._model.initial_state(_B)
         self._batch, self._time = Dim("batch", min=1), Dim("time", min=1)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._inductor.utils import tensor_is_aligned
 
 from tests.tnllm_export.build.conftest import MODELS
 from tnllm_export.build.aotinductor_programs import ProgramTracer, _DecodeInPlace
@@ -58,3 +59,9 @@ def test_decode_updates_each_state_in_place_and_copies_none(tracer):
     # One output: the logits.
     (output,) = [node for node in program.graph.nodes if node.op == "output"]
     assert len(output.args[0]) == 1
+
+
+def test_positions_may_begin_anywhere_in_a_buffer(tracer):
+    nodes = {node.name: node.meta["val"] for node in tracer.prefill("last").graph.nodes if node.op == "placeholder"}
+    assert tensor_is_aligned(nodes["input_ids"])
+    assert not tensor_is_aligned(nodes["positions"])

@@ -18,6 +18,7 @@ from tnllm_export.bundle import Bundle, open_bundle
 from tnllm_export.bundle.engines import EngineRecord, EngineSet, engines_of, host_device
 from tnllm_export.demo import checkpoint_folder
 from tnllm_export.errors import (
+    DeviceMemoryError,
     EngineBuildError,
     EngineMismatchError,
     EngineMissingError,
@@ -26,7 +27,7 @@ from tnllm_export.errors import (
     UnsupportedTargetError,
 )
 from tnllm_export.export import export_bundle
-from tnllm_export.runtime import Runtime, load_runtime
+from tnllm_export.runtime import Runtime, aotinductor, device_memory, load_runtime
 from tnllm_export.runtime.aotinductor import Package, check_fits
 from tnllm_export.runtime.aotinductor_constants import free_memory
 from tnllm_export.verify import verify_bundle
@@ -258,6 +259,53 @@ def test_a_decode_that_fails_leaves_the_state_usable(packaged, monkeypatch):
     assert torch.equal(logits, expected)
     with pytest.raises(StateError, match="consumed"):
         runtime.decode(token, positions, state)
+
+
+def test_memory_that_did_not_suffice_inside_a_package_is_told_from_other_failures(packaged, monkeypatch):
+    runtime = load_runtime(packaged("cpu"), "aotinductor", device="cpu")
+    refused = [0]
+
+    class Failing:
+        def run(self, inputs):
+            refused[0] += 1
+            raise RuntimeError("run_func_(...) API call failed\nframe #0")
+
+    monkeypatch.setattr(runtime._prefill, "_loader", Failing())
+    monkeypatch.setattr(aotinductor, "_refused_allocations", lambda device: refused[0])
+    monkeypatch.setattr(device_memory, "_free", lambda device: "1.00 GiB of 2.00 GiB")
+    with pytest.raises(DeviceMemoryError) as caught:
+        first_token(runtime)
+    assert one_line(caught) == (
+        "prefill of 1 x 3 tokens: the GPU's memory does not suffice: more memory asked for, 1.00 GiB of 2.00 GiB free; "
+        "feed the prompt in smaller pieces (--prefill-chunk)"
+    )
+
+
+@pytest.mark.gpu
+def test_a_prefill_that_does_not_fit_into_the_gpu_says_so_and_leaves_the_state_usable(packaged):
+    runtime = load_runtime(packaged("cuda"), "aotinductor", device="cuda")
+    state = runtime.initial_state(1)
+    lengths, positions = torch.tensor([3], dtype=torch.int32), torch.tensor([0])
+    expected, _ = runtime.prefill(torch.tensor([[5, 6, 7]]), lengths, positions, state)
+    held = torch.cuda.memory_reserved() / torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(held + 0.001)
+    try:
+        with pytest.raises(DeviceMemoryError) as caught:
+            runtime.prefill(
+                torch.zeros(1, 2**20, dtype=torch.int64), torch.tensor([2**20], dtype=torch.int32), positions, state
+            )
+        assert "prefill of 1 x 1048576 tokens: the GPU's memory does not suffice" in one_line(caught)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    again, _ = runtime.prefill(torch.tensor([[5, 6, 7]]), lengths, positions, state)
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.gpu
+def test_a_step_captured_for_one_sequence_copies_no_unaligned_input(packaged, capfd):
+    runtime = load_runtime(packaged("cuda"), "aotinductor", device="cuda")
+    runtime.decode(torch.tensor([[4]]), torch.tensor([0]), runtime.initial_state(1))
+    assert "aligned" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.slow
