@@ -20,13 +20,14 @@ from tnllm_export.bundle.engines import CONSTANTS, PACKAGE_SUFFIX, EngineSet, en
 from tnllm_export.bundle.native_code import libraries_with_own_standard_library
 from tnllm_export.errors import EngineMismatchError, EngineMissingError, RuntimeTargetError, UnsupportedTargetError
 from tnllm_export.models.config import TransnormerConfig
+from tnllm_export.runtime.ahead import Underway
 from tnllm_export.runtime.aotinductor_constants import bundle_name, check_constants, free_memory
 from tnllm_export.runtime.decode_graphs import DecodeGraphs, GraphState
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
 from tnllm_export.runtime.protocol import RuntimeInfo, State
 from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors
 from tnllm_export.runtime.support import check_supported, weights_id
-from tnllm_export.runtime.validation import check_decode, check_prefill
+from tnllm_export.runtime.validation import check_decode, check_decode_ahead, check_prefill
 
 NAME = "aotinductor"
 
@@ -78,6 +79,7 @@ class AotInductorRuntime:
             config=manifest.config,
             logits=manifest.logits,
             weights_id=weights_id(bundle),
+            runs_ahead=place.type == "cuda",
         )
         runtime = cls(
             info, Package(packages, "prefill", constants, place), Package(packages, "decode", constants, place), place
@@ -121,6 +123,14 @@ class AotInductorRuntime:
         logits, *present = self._decode.run([input_ids.contiguous(), positions.contiguous(), *handle.tensors])
         handle.consumed = True
         return logits, GraphState(self, present)
+
+    @torch.inference_mode()
+    def decode_ahead(self, input_ids: Tensor | None, positions: Tensor | None, state: State) -> tuple[Underway, State]:
+        """Enqueue a step and a choice without waiting, on CUDA; see `RunsAhead.decode_ahead`."""
+        check_decode_ahead(self._info, input_ids, positions)
+        handle = cast(GraphState, check_handle(self, state, None if input_ids is None else len(input_ids)))
+        assert self._graphs is not None
+        return self._graphs.decode_ahead(input_ids, positions, handle)
 
     def host_state(self, state: State) -> list[Tensor]:
         """Copy a state to the host: one [B, H, K, V] float32 per layer."""
