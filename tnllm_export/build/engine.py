@@ -7,6 +7,7 @@ from typing import Any
 from tnllm_export.build.monitor import Phases, make_monitor
 from tnllm_export.build.network import add_profile, make_weights_inputs, parse_network, put_placeholders, read_graph
 from tnllm_export.build.options import EngineOptions, resolve_compute_capabilities
+from tnllm_export.build.timing_cache import load_timing_cache, save_timing_cache
 from tnllm_export.errors import EngineBuildError
 from tnllm_export.progress import Progress
 from tnllm_export.targets import EngineTarget
@@ -48,6 +49,7 @@ def build_engine(
 
     Raises:
         EngineBuildError: TensorRT refused.
+        WriteError: The timing cache can't be written.
     """
     stage = f"building the {program} engine"
     progress(stage, 0, 1000)
@@ -75,7 +77,7 @@ def build_engine(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.embed_plugin:
         config.plugins_to_serialize = [str(options.plugin_library)]
-    cache = _load_timing_cache(config, options.timing_cache)
+    cache = None if options.timing_cache is None else load_timing_cache(trt, config, options.timing_cache)
     phases = Phases(stage, progress)
     monitor = make_monitor(trt, phases)
     config.progress_monitor = monitor
@@ -84,8 +86,8 @@ def build_engine(
         raise phases.stopped_by
     if not built:
         raise EngineBuildError(f"{graph}: {trt.__name__} {trt.__version__} built no engine ({last_error(trt)})")
-    if cache is not None and options.timing_cache is not None:
-        options.timing_cache.write_bytes(memoryview(cache.serialize()))
+    if options.timing_cache is not None:
+        save_timing_cache(cache, options.timing_cache)
     progress(stage, 1000, 1000)
 
 
@@ -122,12 +124,3 @@ def _serialize(trt: Any, builder: Any, network: Any, config: Any, write: Callabl
     if failures:
         raise failures[0]
     return bool(built)
-
-
-def _load_timing_cache(config: Any, path: Path | None) -> Any:
-    """Let the build take measured times from a file, and return the cache; None without one."""
-    if path is None:
-        return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache

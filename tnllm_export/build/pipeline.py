@@ -60,6 +60,8 @@ def build_engines(
         raise EngineBuildError(f"{target} builds for no device by name; leave out --device, or name GPUs with --sm")
     started = time.monotonic()
     kind = engine_target(target)
+    if options.timing_cache is not None and not kind.needs_gpu:
+        raise EngineBuildError(f"{target} measures nothing while it builds; leave out --timing-cache")
     _check_bundle(bundle, next(found for found in TARGETS if found.name == target), options)
     capabilities = parse_compute_capabilities(options.compute_capabilities)
     options = replace(options, compute_capabilities=capabilities)

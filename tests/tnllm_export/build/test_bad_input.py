@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
 from tnllm_export.api import EngineOptions, build
 from tnllm_export.build.options import parse_compute_capabilities
-from tnllm_export.errors import EngineBuildError, RuntimeMissingError
+from tnllm_export.build.timing_cache import load_timing_cache, save_timing_cache
+from tnllm_export.errors import EngineBuildError, RuntimeMissingError, WriteError
 from tnllm_export.targets import TARGETS
 
 # Not importorskip: nothing imports TensorRT that does not use it.
@@ -99,6 +101,40 @@ def test_a_tensorrt_that_strips_no_weights_is_named_with_what_works_instead(expo
     assert f"tensorrt_rtx {tensorrt_rtx.__version__} takes no placeholder for model.layers.0" in one_line(error)
     assert "expected tensorrt_rtx 1.7 or later: install it, or" in one_line(error)
     assert "--weights external" in one_line(error)
+
+
+def test_a_target_that_measures_nothing_takes_no_timing_cache(exported, tmp_path):
+    with pytest.raises(EngineBuildError, match="tensorrt-rtx measures nothing while it builds; leave out --timing-cac"):
+        build(exported("tiny", "float16", "matmul"), options=EngineOptions(timing_cache=tmp_path / "times"))
+
+
+class Times:
+    """What TensorRT does with timing caches: "bad" is none, and one "of another" GPU is refused."""
+
+    def create_timing_cache(self, content):
+        return None if content.startswith(b"bad") else SimpleNamespace(serialize=lambda: b"good" + content)
+
+    def set_timing_cache(self, cache, *, ignore_mismatch):
+        return ignore_mismatch or not bytes(cache.serialize()).endswith(b"of another")
+
+
+@needs_rtx
+def test_a_timing_cache_is_kept_or_named_with_what_is_wrong_with_it(tmp_path):
+    import tensorrt_rtx
+
+    path = tmp_path / "times"
+    for content in (b"good", b"goodgood"):
+        save_timing_cache(load_timing_cache(tensorrt_rtx, Times(), path), path)
+        assert path.read_bytes() == content
+    for content in (b"bad", b"of another"):
+        path.write_bytes(content)
+        with pytest.raises(EngineBuildError) as error:
+            load_timing_cache(tensorrt_rtx, Times(), path)
+        assert f"{path}: tensorrt_rtx {tensorrt_rtx.__version__} does not take this timing cache" in one_line(error)
+        assert "delete it, or name another file" in one_line(error)
+        assert path.read_bytes() == content
+    with pytest.raises(WriteError, match="nowhere/times: could not be written"):
+        load_timing_cache(tensorrt_rtx, Times(), tmp_path / "nowhere" / "times")
 
 
 @needs_rtx
