@@ -24,6 +24,8 @@ REGISTRY = {
     "layer kernels": "cuda",
     "decode layer": "cuda",
     "inference": "cuda",
+    "onnxruntime inference": "cuda",
+    "onnxruntime lowerings": "cuda",
     "plugin": "cuda",
 }
 """Benchmarks and the device that each needs."""

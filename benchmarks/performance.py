@@ -10,6 +10,8 @@ from benchmarks.performance_inference import (
     inference_table,
     short_inference_table,
 )
+from benchmarks.performance_onnxruntime import beside_table, lowerings_table
+from benchmarks.performance_onnxruntime import distance_table as onnxruntime_distance_table
 from benchmarks.records import Record
 from benchmarks.tables import Table, absences, by_case, figure, peer_name, peer_values, rows, share
 
@@ -208,11 +210,16 @@ TABLES: dict[str, Table] = {
     names.INFERENCE: inference_table,
     names.INFERENCE_CONTEXT: context_table,
     names.INFERENCE_ATTENTION: attention_table,
+    names.ORT_PARITY: onnxruntime_distance_table,
+    names.ORT_INFERENCE: beside_table,
 }
 """By name of the records; `<!-- begin NAME -->` marks the place in the page."""
 
 PLUGIN_TABLES: dict[str, Table] = {names.PLUGIN: plugin_table}
 """What the page on TensorRT shows."""
+
+ONNXRUNTIME_TABLES: dict[str, Table] = {names.ORT_LOWERINGS: lowerings_table}
+"""What the page on ONNX Runtime shows."""
 
 SHORT_TABLES: dict[str, Table] = {
     names.FORWARD: short_table,

@@ -129,6 +129,7 @@ def _plot_drift(records: list[Record], path: Path) -> None:
 PAGES: dict[str, dict[str, Table]] = {
     "docs/parity.md": {drift.NAME: _drift_table, constant_cost.NAME: _cost_table, scale.NAME: _scale_table},
     "docs/performance.md": performance.TABLES,
+    "docs/onnxruntime.md": performance.ONNXRUNTIME_TABLES,
     "docs/tensorrt.md": {engines.NAME: _engines_table, **performance.PLUGIN_TABLES},
     "README.md": performance.SHORT_TABLES,
 }

@@ -65,7 +65,7 @@ class Program:
             UnsupportedTargetError: It refuses the graph.
             DeviceMemoryError: The GPU's memory does not suffice.
         """
-        # Its environment warns, for each session, that CUDA is built in rather than a plugin; sessions don't inherit it.
+        # Its environment warns at each session that CUDA is no plugin; a session's own level does not count.
         ort.set_default_logger_severity(_ERRORS)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 1
