@@ -1,9 +1,10 @@
 """Inference of the 7B and the 1B shape, random bfloat16 weights, through the torch runtime on one GPU.
 
-Decode is timed in two ways. "host included" is a greedy loop: the runtime's decode with tokens from the host, the
-choice of the next token, and its way back; the peers go through the same loop. "graph only" is the captured step
-replayed. The floor of a token is all weights read once and the state read and written once, at the measured bandwidth
-of a copy; that of a prefill its FLOP (`prefill_flops`) at the measured rate of a bfloat16 matrix product.
+Decode is timed in three ways. "generation" is what users get: greedy tokens of `Generator`, which starts each step
+before the host has seen the token it feeds. "host included" is a greedy loop: the runtime's decode with tokens from the
+host, the choice of the next token, and its way back; the peers go through the same loop. "graph only" is the captured
+step replayed. The floor of a token is all weights read once and the state read and written once, at the measured
+bandwidth of a copy; that of a prefill its FLOP (`prefill_flops`) at the measured rate of a bfloat16 matrix product.
 """
 
 import statistics
@@ -22,6 +23,7 @@ from benchmarks.inference_context import context_records
 from benchmarks.inference_models import (
     InPlace,
     Step,
+    generation_milliseconds,
     loop_milliseconds,
     prefill,
     program_step,
@@ -31,6 +33,7 @@ from benchmarks.inference_models import (
 )
 from benchmarks.inference_parity import parity_records
 from benchmarks.inference_plan import (
+    GENERATION,
     PEAK,
     RATE,
     TOKEN_TIME,
@@ -119,12 +122,14 @@ def memory_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Ite
 
 
 def decode_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Iterator[Record]:
-    """Time per token: the runtime's, its graph's, and that of the model without a graph and without our kernels."""
+    """Time per token: the runtime's, a user's, the graph's, and the model's without a graph and without our kernels."""
     for batch in plan.batches:
         floor = token_floor(weight_bytes(model), *[state_bytes(size.config, batch)] * 2, plan.device)
         runtime = TorchRuntime(model, capture=plan.captures())
         ours = loop_milliseconds(runtime_step(runtime, runtime.initial_state(batch)), batch, plan.contexts[0])
         yield from _token_records(size, batch, HOST, ours, floor, {})
+        generated = generation_milliseconds(runtime, batch, plan.generated)
+        yield from _token_records(size, batch, GENERATION, generated, floor, {})
         replayed = graph_milliseconds(model, batch, plan)
         yield from _token_records(size, batch, DEVICE_ONLY, replayed, floor, {})
         for form, kernels in ((UNCAPTURED, plan.kernels), (PYTORCH, "pytorch")):

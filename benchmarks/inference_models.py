@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.llama import Llama, LlamaSize
+from tnllm_export.generate import Generator, SamplingParams
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import LinearizedRelativePositionEncoding, TransnormerForCausalLM, parameter_dtype
 from tnllm_export.runtime import State, TorchRuntime
@@ -105,6 +106,18 @@ def loop_milliseconds(step: Step, batch: int, position: int, budget_s: float = 0
         times.append(1e3 * (time.perf_counter() - start))
         positions = positions + 1
     return statistics.median(times[warm_up:])
+
+
+def generation_milliseconds(runtime: TorchRuntime, batch: int, tokens: int, repeats: int = 3) -> float:
+    """Return the median time of one token in greedy generation through `Generator`, behind the first, of some runs."""
+    generator = Generator(runtime)
+    params = SamplingParams(max_new_tokens=tokens, stop_at_eos=False)
+    prompts = torch.randint(runtime.info.config.vocab_size, (batch, 16), generator=torch.Generator().manual_seed(0))
+    times = []
+    for _ in range(repeats + 1):
+        found = generator.generate(prompts.tolist(), params)[-1]
+        times.append(1e3 * found.decode_seconds / (tokens - 1))
+    return statistics.median(times[1:])
 
 
 @contextmanager

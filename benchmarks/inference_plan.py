@@ -17,6 +17,9 @@ DEVICE = "cuda"
 
 TOKEN_TIME, PEAK, RATE = "time per token", "peak memory", "rate"
 
+GENERATION = "generation"
+"""How a token is timed as users get it; beside `names.HOST` and `names.DEVICE_ONLY`."""
+
 LIMIT_S = float(os.environ.get("TNLLM_BENCH_SECONDS", "190"))
 """What is not begun by then is left out."""
 
@@ -59,6 +62,7 @@ class Plan:
         parity_tokens: Of its prompt, and decoded after it.
         batches: Sequences decoded at once.
         contexts: Tokens before those that are timed.
+        generated: Tokens of a generation.
         piece: Tokens of a prefill at once.
         prompts: Lengths for the time to the first token.
         device: "cuda", or "cpu" to try the code out.
@@ -74,6 +78,7 @@ class Plan:
     parity_tokens: tuple[int, int] = (512, 32)
     batches: tuple[int, ...] = (1, 32)
     contexts: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
+    generated: int = 256
     piece: int = 8192
     prompts: tuple[int, ...] = (512, 2048, 8192, 32768)
     device: str = DEVICE

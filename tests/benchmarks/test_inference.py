@@ -19,8 +19,8 @@ SMALL = Size(
     LlamaSize(width=32, layers=2, heads=2, glu_width=64, vocab_size=50),
 )
 TINY = Plan(
-    sizes=(SMALL,), parity=SMALL, parity_tokens=(9, 3), batches=(1, 3), contexts=(16, 64), piece=24, prompts=(5, 30),
-    device="cpu", capture=captured_on_the_cpu, kernels="pytorch", compiled=False,
+    sizes=(SMALL,), parity=SMALL, parity_tokens=(9, 3), batches=(1, 3), contexts=(16, 64), generated=8, piece=24,
+    prompts=(5, 30), device="cpu", capture=captured_on_the_cpu, kernels="pytorch", compiled=False,
 )  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def test_every_part_gives_its_records(records):
         for peer in (None, names.UNCAPTURED, names.PYTORCH):
             assert found[f"tiny | decode, B {batch}, host included", peer].value > 0
         assert found[f"tiny | decode, B {batch}, graph only", None].floor > 0
+        assert found[f"tiny | decode, B {batch}, generation", None].value > 0
     assert found["tiny | decode at 64 tokens of context, graph only", "at 16 tokens"].peer_value > 0
     assert found["tiny | prompt of 30 tokens", None].value > 0
     assert {record.case for record in records if record.name == names.INFERENCE_CONTEXT} == {"tiny | 16", "tiny | 64"}
