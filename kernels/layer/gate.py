@@ -4,6 +4,8 @@ Forward reads u and o and writes g; backward reads dg, u and o and writes du and
 Source: arXiv 2307.14995, section 2.1.3, in the released form.
 """
 
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ def gated_norm(gate: Tensor, x: Tensor) -> Tensor:
         [..., D].
     """
     if gate.dtype == x.dtype and fused(gate, x):
-        gated: Tensor = _gated_norm(gate, x) if unwatched(gate, x) else gated_norm_op(gate, x)
+        gated: Tensor = _gated_norm(gate, x, True) if unwatched(gate, x) else gated_norm_op(gate, x)
         return gated
     return gate * srmsnorm_pytorch(x, x.dtype)
 
@@ -40,19 +42,23 @@ def gated_norm_backward_pytorch(grad: Tensor, gate: Tensor, x: Tensor) -> tuple[
     return grad_gate.to(gate.dtype), srmsnorm_backward_pytorch(grad.to(wide) * gate.to(wide), x)
 
 
-def _gated_norm(gate: Tensor, x: Tensor) -> Tensor:
+def _gated_norm(gate: Tensor, x: Tensor, triton: bool) -> Tensor:
     _check(gate, x)
-    if runs_triton(gate, x) and fits("gated_norm", x.shape[-1]):
-        from tnllm_export.kernels.layer.triton_kernels.gate import gated_norm_triton  # noqa: PLC0415
-
-        return gated_norm_triton(gate, x, EPSILON)
+    if triton and fits("gated_norm", x.shape[-1]):
+        return _triton().gated_norm_triton(gate, x, EPSILON)  # type: ignore[no-any-return]
     return (gate * srmsnorm_pytorch(x, x.dtype)).contiguous()
+
+
+# Triton is imported when it is first wanted.
+@cache
+def _triton() -> Any:
+    return import_module("tnllm_export.kernels.layer.triton_kernels.gate")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gated_norm", mutates_args=())
 def gated_norm_op(gate: Tensor, x: Tensor) -> Tensor:
     """Compute `gated_norm` as one op, contiguous; the form is chosen when it runs."""
-    return _gated_norm(gate, x)
+    return _gated_norm(gate, x, runs_triton(gate, x))
 
 
 @gated_norm_op.register_fake
@@ -65,9 +71,7 @@ def _(gate: Tensor, x: Tensor) -> Tensor:
 def gated_norm_backward(grad: Tensor, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `gated_norm`: those of gate and x, contiguous."""
     if runs_triton(grad, gate, x) and fits("gated_norm", x.shape[-1]):
-        from tnllm_export.kernels.layer.triton_kernels.gate import gated_norm_backward_triton  # noqa: PLC0415
-
-        return gated_norm_backward_triton(grad, gate, x, EPSILON)
+        return _triton().gated_norm_backward_triton(grad, gate, x, EPSILON)  # type: ignore[no-any-return]
     grad_gate, grad_x = gated_norm_backward_pytorch(grad, gate, x)
     return grad_gate.contiguous(), grad_x.contiguous()
 

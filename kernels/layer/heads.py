@@ -6,6 +6,8 @@ own would write each of the four parts and then copy them together. Source: arXi
 released form.
 """
 
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -39,7 +41,8 @@ def split_heads(projected: Tensor, heads: int, theta: Tensor | None = None, posi
     head_dim = projected.shape[-1] // (4 * heads)
     if fused(projected) and head_dim <= MAX_HEAD_DIM and (theta is None or theta.dtype == torch.float32):
         if unwatched(projected) if theta is None else unwatched(projected, theta):
-            return *_split_heads(projected, heads, theta, positions), *_value_and_gate(projected, heads)
+            query, key = _triton().split_heads_triton(projected, heads, theta, positions)
+            return query, key, *_value_and_gate(projected, heads)
         result: Heads = _SplitHeads.apply(projected, theta, positions, heads)  # type: ignore[no-untyped-call]
         return result
     return split_heads_pytorch(projected, heads, theta, positions)
@@ -92,16 +95,22 @@ def _split_heads(
     projected: Tensor, heads: int, theta: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if runs_triton(projected):
-        from tnllm_export.kernels.layer.triton_kernels.heads import split_heads_triton  # noqa: PLC0415
-
-        return split_heads_triton(projected, heads, theta, positions)
+        return _triton().split_heads_triton(projected, heads, theta, positions)  # type: ignore[no-any-return]
     query, key, _, _ = split_heads_pytorch(projected, heads, theta, positions)
     return query.contiguous(), key.contiguous()
 
 
 def _value_and_gate(projected: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    _, _, value, gate = projected.chunk(4, dim=-1)
-    return torch.unflatten(value, -1, (heads, -1)), gate
+    B, T, width = projected.shape
+    d = width // 4
+    value = projected.narrow(-1, 2 * d, d).view(B, T, heads, d // heads)
+    return value, projected.narrow(-1, 3 * d, d)
+
+
+# Triton is imported when it is first wanted.
+@cache
+def _triton() -> Any:
+    return import_module("tnllm_export.kernels.layer.triton_kernels.heads")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::split_heads", mutates_args=())
@@ -134,9 +143,9 @@ def split_heads_backward(
     """Gradients of `split_heads`: of projected and, if `learn`, of theta [H, 1, D]; else that one is empty."""
     grads = (grad_query, grad_key, grad_value, grad_gate)
     if runs_triton(projected, *grads):
-        from tnllm_export.kernels.layer.triton_kernels.heads import split_heads_backward_triton  # noqa: PLC0415
-
-        return split_heads_backward_triton(grads, projected, heads, theta, positions, learn)
+        return _triton().split_heads_backward_triton(  # type: ignore[no-any-return]
+            grads, projected, heads, theta, positions, learn
+        )
     return split_heads_backward_pytorch(grads, projected, heads, theta, positions, learn)
 
 

@@ -4,6 +4,8 @@ Forward reads x and writes y; backward reads dy and x and writes dx. rstd is com
 Source: arXiv 2307.14995, section 2.1.4.
 """
 
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ def srmsnorm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or x.dtype
     if not fused(x):
         return srmsnorm_pytorch(x, dtype)
-    return _srmsnorm(x, dtype) if unwatched(x) else srmsnorm_op(x, dtype)
+    return _srmsnorm(x, dtype, True) if unwatched(x) else srmsnorm_op(x, dtype)
 
 
 def srmsnorm_pytorch(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,18 +48,22 @@ def srmsnorm_backward_pytorch(grad: Tensor, x: Tensor) -> Tensor:
     return (rstd * (dy - wide * (rstd.square() * (dy * wide).mean(-1, keepdim=True)))).to(x.dtype)
 
 
-def _srmsnorm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if runs_triton(x) and fits("srmsnorm", x.shape[-1]):
-        from tnllm_export.kernels.layer.triton_kernels.norm import srmsnorm_triton  # noqa: PLC0415
-
-        return srmsnorm_triton(x, dtype, EPSILON)
+def _srmsnorm(x: Tensor, dtype: torch.dtype, triton: bool) -> Tensor:
+    if triton and fits("srmsnorm", x.shape[-1]):
+        return _triton().srmsnorm_triton(x, dtype, EPSILON)  # type: ignore[no-any-return]
     return srmsnorm_pytorch(x, dtype).contiguous()
+
+
+# Triton is imported when it is first wanted.
+@cache
+def _triton() -> Any:
+    return import_module("tnllm_export.kernels.layer.triton_kernels.norm")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::srmsnorm", mutates_args=())
 def srmsnorm_op(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute `srmsnorm` as one op, contiguous; the form is chosen when it runs."""
-    return _srmsnorm(x, dtype)
+    return _srmsnorm(x, dtype, runs_triton(x))
 
 
 @srmsnorm_op.register_fake
@@ -69,9 +75,7 @@ def _(x: Tensor, dtype: torch.dtype) -> Tensor:
 def srmsnorm_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of `srmsnorm` in x's dtype, contiguous."""
     if runs_triton(grad, x) and fits("srmsnorm", x.shape[-1]):
-        from tnllm_export.kernels.layer.triton_kernels.norm import srmsnorm_backward_triton  # noqa: PLC0415
-
-        return srmsnorm_backward_triton(grad, x, EPSILON)
+        return _triton().srmsnorm_backward_triton(grad, x, EPSILON)  # type: ignore[no-any-return]
     return srmsnorm_backward_pytorch(grad, x).contiguous()
 
 

@@ -3,12 +3,14 @@
 # Triton code has no types.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnllm_export.kernels.layer.triton_kernels.rows import Launch, as_rows, launch_for, row_offsets
+from tnllm_export.kernels.layer.triton_kernels.rows import Cut, Launch, as_rows, launch_for, row_offsets, start
 
 FORWARD = {
     1024: Launch(rows=2, warps=4),
@@ -32,22 +34,25 @@ BACKWARD = {
 def gated_norm_triton(gate: Tensor, x: Tensor, epsilon: float, launch: Launch | None = None) -> Tensor:
     """Compute gate ⊙ N(x), [..., D] contiguous."""
     g = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    u, o = as_rows(gate), as_rows(x)
-    outer, inner, D = o.shape
-    launch = launch or launch_for(FORWARD, D)
     if g.numel():
-        with torch.cuda.device_of(x):
-            forward_kernel[launch.grid(outer * inner, x.device)](
-                u,
-                o,
-                g,
-                outer * inner,
-                inner,
-                *u.stride()[:2],
-                *o.stride()[:2],
-                **launch.constants(D, epsilon),
-            )
+        u, o = as_rows(gate), as_rows(x)
+        start(forward_kernel, _cut(o.shape, u.stride(), o.stride(), x.dtype, x.device, epsilon, launch), u, o, g)
     return g
+
+
+@lru_cache(maxsize=1024)
+def _cut(
+    shape: torch.Size,
+    gate_stride: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,  # for the key alone
+    device: torch.device,
+    epsilon: float,
+    launch: Launch | None,
+) -> Cut:
+    outer, inner, D = shape
+    launch = launch or launch_for(FORWARD, D)
+    return launch.cut((outer * inner, inner, *gate_stride[:2], *stride[:2]), device, D, epsilon)
 
 
 def gated_norm_backward_triton(

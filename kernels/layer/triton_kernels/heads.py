@@ -8,12 +8,14 @@ library's exact ones cost about as much time as the memory traffic.
 # Triton code has no types.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnllm_export.kernels.layer.triton_kernels.rows import Tile, as_rows, row_offsets
+from tnllm_export.kernels.layer.triton_kernels.rows import Cut, Tile, as_rows, row_offsets, start
 
 FORWARD = {False: Tile(elements=4096, warps=4), True: Tile(elements=2048, warps=8)}
 """By whether LRPE rotates; elements of q: tokens times the head's width."""
@@ -29,31 +31,34 @@ def split_heads_triton(
     B, T, width = projected.shape
     D = width // (4 * heads)
     shape = (B, T, heads, D if theta is None else 2 * D)
-    query, key = (torch.empty(shape, dtype=projected.dtype, device=projected.device) for _ in range(2))
-    if not query.numel():
-        return query, key
-    rows = as_rows(projected)
-    tile = tile or FORWARD[theta is not None]
+    query = torch.empty(shape, dtype=projected.dtype, device=projected.device)
+    key = torch.empty(shape, dtype=projected.dtype, device=projected.device)
+    if query.numel():
+        rows = as_rows(projected)
+        theta = theta if theta is None else theta.contiguous()
+        positions = positions if positions is None else positions.contiguous()
+        cut = _cut(rows.shape, rows.stride(), rows.dtype, rows.device, heads, theta is not None, tile)
+        start(forward_kernel, cut, rows, theta, positions, query, key)
+    return query, key
+
+
+@lru_cache(maxsize=1024)
+def _cut(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,  # as the next, for the key alone
+    device: torch.device,
+    heads: int,
+    rotate: bool,
+    tile: Tile | None,
+) -> Cut:
+    B, T, width = shape
+    D = width // (4 * heads)
+    tile = tile or FORWARD[rotate]
     BD = triton.next_power_of_2(D)
     BT = max(1, tile.elements // BD)
-    with torch.cuda.device_of(projected):
-        forward_kernel[(triton.cdiv(B * T, BT) * heads,)](
-            rows,
-            theta if theta is None else theta.contiguous(),
-            positions if positions is None else positions.contiguous(),
-            query,
-            key,
-            B * T,
-            T,
-            *rows.stride()[:2],
-            heads,
-            D=D,
-            BD=BD,
-            BT=BT,
-            ROTATE=theta is not None,
-            num_warps=tile.warps,
-        )
-    return query, key
+    grid = (triton.cdiv(B * T, BT) * heads, 1, 1)
+    return Cut(grid, (B * T, T, *stride[:2], heads), (D, BD, BT, rotate), tile.warps)
 
 
 def split_heads_backward_triton(

@@ -3,12 +3,14 @@
 # Triton code has no types.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnllm_export.kernels.layer.triton_kernels.rows import Launch, as_rows, launch_for, row_offsets
+from tnllm_export.kernels.layer.triton_kernels.rows import Cut, Launch, as_rows, launch_for, row_offsets, start
 
 FORWARD = {
     1024: Launch(rows=4, warps=4),
@@ -32,15 +34,25 @@ BACKWARD = {
 def srmsnorm_triton(x: Tensor, dtype: torch.dtype, epsilon: float, launch: Launch | None = None) -> Tensor:
     """Normalise x [..., D] into a contiguous tensor of `dtype`."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    rows = as_rows(x)
-    outer, inner, D = rows.shape
-    launch = launch or launch_for(FORWARD, D)
     if y.numel():
-        with torch.cuda.device_of(x):
-            forward_kernel[launch.grid(outer * inner, x.device)](
-                rows, y, outer * inner, inner, *rows.stride()[:2], **launch.constants(D, epsilon)
-            )
+        rows = as_rows(x)
+        start(forward_kernel, _cut(rows.shape, rows.stride(), x.dtype, dtype, x.device, epsilon, launch), rows, y)
     return y
+
+
+@lru_cache(maxsize=1024)
+def _cut(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,  # as the next, for the key alone
+    result_dtype: torch.dtype,
+    device: torch.device,
+    epsilon: float,
+    launch: Launch | None,
+) -> Cut:
+    outer, inner, D = shape
+    launch = launch or launch_for(FORWARD, D)
+    return launch.cut((outer * inner, inner, *stride[:2]), device, D, epsilon)
 
 
 def srmsnorm_backward_triton(grad: Tensor, x: Tensor, epsilon: float, launch: Launch | None = None) -> Tensor:

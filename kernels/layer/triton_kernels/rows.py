@@ -1,4 +1,4 @@
-"""What the row kernels share: the layout of rows, how many a program takes, and how much of the chip is asked for."""
+"""What the row kernels share: the layout of rows, how many a program takes, and how a forward is launched."""
 
 # Triton code has no types.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tnllm_export.kernels.lightning_attention.launch import is_current, launch
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,14 @@ class Launch:
         tiles = -(-rows // self.rows)
         return (min(tiles, self.per_processor * _processors(device)) if self.per_processor else tiles,)
 
+    def cut(self, numbers: tuple[int, ...], device: torch.device, width: int, epsilon: float) -> "Cut":
+        """Return the launch over numbers[0] rows of `width` elements."""
+        constants = self.constants(width, epsilon)
+        warps = constants.pop("num_warps")
+        return Cut((*self.grid(numbers[0], device), 1, 1), numbers, tuple(constants.values()), warps)
+
     def constants(self, width: int, epsilon: float) -> dict[str, Any]:
-        """Return what a row kernel is compiled for."""
+        """Return what a row kernel is compiled for, in the order of its arguments, and its warps."""
         return {
             "epsilon": epsilon,
             "D": width,
@@ -44,6 +52,23 @@ class Launch:
             "STAGES": self.stages,
             "num_warps": self.warps,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """All of a launch that follows from sizes, strides, dtypes and device; one object for each, which is its own key.
+
+    Attributes:
+        grid: Programs.
+        numbers: The kernel's arguments between tensors and constants.
+        constants: What it is compiled for.
+        warps: Of a program.
+    """
+
+    grid: tuple[int, int, int]
+    numbers: tuple[int, ...]
+    constants: tuple[Any, ...]
+    warps: int
 
 
 @dataclass(frozen=True)
@@ -64,8 +89,21 @@ def launch_for(table: dict[int, Launch], width: int) -> Launch:
     return Launch(launch.rows * narrowest // block, launch.warps, launch.per_processor, launch.stages)
 
 
+def start(kernel: Any, cut: Cut, *tensors: Tensor | None) -> None:
+    """Launch a kernel on the device of the first tensor. None stands for a tensor that the constants leave out."""
+    device = tensors[0].device
+    if not is_current(device):
+        with torch.cuda.device(device):
+            start(kernel, cut, *tensors)
+        return
+    misalignment = [0 if x is None else x.data_ptr() & 15 for x in tensors]
+    launch(kernel, (cut, *misalignment), cut.grid, tensors + cut.numbers, cut.constants, cut.warps)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """Give x [..., D] as [outer, inner, D] with a dense last dimension: a view, unless its strides allow none."""
+    if x.dim() == 3 and x.stride(2) == 1:
+        return x
     D = x.shape[-1]
     inner = x.shape[-2] if x.dim() > 1 else 1
     x = x.reshape(x.numel() // (inner * D), inner, D) if x.numel() else x.new_empty(0, inner, D)
