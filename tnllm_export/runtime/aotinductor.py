@@ -107,9 +107,9 @@ class AotInductorRuntime:
         check_prefill(self._info.config.vocab_size, input_ids, lengths, positions)
         B, T = input_ids.shape
         handle = check_handle(self, state, B)
-        inputs = [tensor.to(self._device).contiguous() for tensor in (input_ids, lengths, positions)]
         way_out = "feed the prompt in smaller pieces (--prefill-chunk)"
         with _current(self._device), reporting_out_of_memory(self._device, f"prefill of {B} x {T} tokens", way_out):
+            inputs = [tensor.to(self._device).contiguous() for tensor in (input_ids, lengths, positions)]
             logits, *present = self._prefill.run([*inputs, *handle.tensors])
         return logits, GraphState(self, present)
 
