@@ -17,12 +17,9 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, penalised.to(logits.dtype), logits)
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Rule out all but the k largest logits of each row; of equal ones, exactly as many stay as fit."""
-    if k >= logits.shape[-1]:
-        return logits
-    values, indices = logits.topk(k, dim=-1)
-    return torch.full_like(logits, -torch.inf).scatter(-1, indices, values)
+def top_k_tokens(logits: Tensor, k: int) -> Tensor:
+    """Return the tokens of the k largest logits of each row, [B, k] in ascending order; of equal ones, any."""
+    return logits.topk(k, dim=-1).indices.sort(dim=-1).values
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
@@ -68,13 +65,17 @@ def choose(logits: Tensor, params: SamplingParams, seen: Tensor | None, uniforms
         logits = penalise_repetition(logits, seen, params.repetition_penalty)
     if uniforms is None:
         return logits.argmax(dim=-1)
+    tokens = None
+    if 0 < params.top_k < logits.shape[-1]:
+        # The temperature does not change which these are, and all that follows is done for them alone.
+        tokens = top_k_tokens(logits, params.top_k)
+        logits = logits.gather(-1, tokens)
     # A tiny temperature would overflow: float32 easily, and float64 too where the largest logit is not 0.
     logits = (logits.double() - logits.amax(dim=-1, keepdim=True)) / params.temperature
-    if params.top_k:
-        logits = keep_top_k(logits, params.top_k)
     if params.top_p < 1:
         logits = keep_top_p(logits, params.top_p)
-    return draw(logits, uniforms)
+    drawn = draw(logits, uniforms)
+    return drawn if tokens is None else tokens.gather(-1, drawn[:, None])[:, 0]
 
 
 def choose_tokens(

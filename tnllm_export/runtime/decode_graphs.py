@@ -212,7 +212,7 @@ class DecodeGraph:
     def empty_answer(self, batch: int) -> Tensor:
         """Memory for the logits of one step, [batch, vocab]."""
         assert self._alone is not None
-        return torch.empty_like(self._alone.logits[:batch])
+        return torch.empty_like(self._of(self._alone.logits, batch))
 
     def admit(self, state: GraphState) -> None:
         """Bring a state in; the one that lives here moves out first. Nothing is changed where memory is short."""
@@ -229,7 +229,7 @@ class DecodeGraph:
 
     def feed(self, input_ids: Tensor, positions: Tensor) -> None:
         """Start to bring token ids [B, 1] and positions [B] in."""
-        B = len(positions)
+        B = positions.shape[0]
         if input_ids.is_cpu and positions.is_cpu:
             staged = self._staging[0].numbers()
             staged[0, :B] = input_ids.numpy()[:, 0]
@@ -248,13 +248,13 @@ class DecodeGraph:
         """Step the state that was admitted, and write logits [B, vocab] into `answer`, without waiting."""
         assert self._alone is not None
         self._alone.replay()
-        answer.copy_(self._alone.logits[: len(answer)])
+        answer.copy_(self._of(self._alone.logits, answer.shape[0]))
 
     def run_ahead(self, batch: int) -> Tensor:
         """Step the state, and choose; return logits [B, vocab] in the graph's own memory, without waiting."""
         assert self._choosing is not None
         self._choosing.replay()
-        return self._choosing.logits[:batch]
+        return self._of(self._choosing.logits, batch)
 
     def move_on(self, state: GraphState, inputs: Tensor | None) -> GraphState:
         """Consume the state that was stepped; return the one that lives here now."""
@@ -263,6 +263,9 @@ class DecodeGraph:
         new = GraphState(state.owner, tensors, self, inputs)
         self.occupant = weakref.ref(new)
         return new
+
+    def _of(self, logits: Tensor, batch: int) -> Tensor:
+        return logits if logits.shape[0] == batch else logits[:batch]
 
     def close(self) -> None:
         """Leave the state to whom it belongs: this graph will not run again."""

@@ -62,11 +62,14 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
         raise RequestError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor {layout} of {dtype}")
     if tensor.dtype != dtype:
         raise RequestError(f"{name} is {tensor.dtype}; expected {dtype}: convert it with .to({dtype})")
-    fits = tensor.dim() == len(shape) and all(
-        wanted is None or found == wanted for found, wanted in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits or tensor.numel() == 0:
+    found = tensor.shape
+    fits = found == shape or (len(found) == len(shape) and all(map(_fits, found, shape)))
+    if not fits or 0 in found:
         raise RequestError(f"{name} has shape {list(tensor.shape)}; expected {layout} with nothing empty")
+
+
+def _fits(found: int, wanted: int | None) -> bool:
+    return wanted is None or found == wanted
 
 
 def _check_range(name: str, tensor: Tensor, largest: int | None) -> None:
@@ -79,7 +82,11 @@ def _check_range(name: str, tensor: Tensor, largest: int | None) -> None:
 
 def _extremes(tensor: Tensor) -> tuple[int, int]:
     """The least and the greatest number. For one token of a few sequences, by far most calls, Python is quickest."""
-    if tensor.is_cpu and tensor.numel() <= 64:
+    count = tensor.numel()
+    if count == 1:
+        number = int(tensor.item())
+        return number, number
+    if count <= 64 and tensor.is_cpu:
         numbers = tensor.flatten().tolist()
         return min(numbers), max(numbers)
     low, high = torch.aminmax(tensor)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tnllm_export.generate import SamplingParams
-from tnllm_export.generate.sampling import choose_tokens, draw, keep_top_k, keep_top_p, penalise_repetition
+from tnllm_export.generate import SamplingParams, sampling
+from tnllm_export.generate.sampling import choose_tokens, draw, keep_top_p, penalise_repetition, top_k_tokens
 
 
 def logits(rows: int = 3, vocab: int = 50, seed: int = 0) -> Tensor:
@@ -24,19 +24,35 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_s
     assert found.tolist() == [[0.5, -8.0, 3.0, -3.0]]
 
 
-@given(k=st.integers(1, 60), seed=st.integers(0, 1000))
+@given(k=st.integers(1, 50), seed=st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
 def test_top_k_keeps_exactly_the_k_largest(k: int, seed: int) -> None:
     before = logits(seed=seed)
-    after = keep_top_k(before, k)
-    for old, new in zip(before.tolist(), after.tolist(), strict=True):
-        kept = {index for index, value in enumerate(new) if value != -float("inf")}
-        assert kept == set(sorted(range(50), key=lambda index: -old[index])[:k])
-        assert all(new[index] == old[index] for index in kept)
+    for old, kept in zip(before.tolist(), top_k_tokens(before, k).tolist(), strict=True):
+        assert kept == sorted(sorted(range(50), key=lambda index: -old[index])[:k])
 
 
 def test_top_k_keeps_k_of_equal_logits() -> None:
-    assert int((keep_top_k(torch.zeros(1, 9), 4) > -torch.inf).sum()) == 4
+    assert len(set(top_k_tokens(torch.zeros(1, 9), 4)[0].tolist())) == 4
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 7, 50, 60])
+@pytest.mark.parametrize("top_p", [0.6, 1.0])
+def test_draws_are_those_from_the_whole_vocabulary_with_the_rest_ruled_out(top_k: int, top_p: float) -> None:
+    params = SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p)
+    before = logits(rows=1, seed=3)
+    kept = before.topk(min(top_k or 50, 50), dim=-1)
+    ruled = torch.full_like(before, -torch.inf).scatter(-1, kept.indices, kept.values).double() / 0.7
+    uniforms = torch.rand(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = draw(keep_top_p(ruled, top_p).expand(300, -1), uniforms)
+    found = sampling.choose(before.expand(300, -1), params, None, uniforms)
+    assert found.tolist() == expected.tolist()
+
+
+def test_where_logits_are_not_numbers_a_token_of_the_vocabulary_is_drawn() -> None:
+    for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=4, top_p=0.5)):
+        found = sampling.choose(torch.full((2, 50), torch.nan), params, None, torch.tensor([0.0, 0.99]).double())
+        assert all(0 <= token < 50 for token in found.tolist())
 
 
 @given(p=st.floats(0.01, 0.999), seed=st.integers(0, 1000))
