@@ -1,15 +1,13 @@
 """TensorRT and TensorRT-RTX on a CUDA device: the engines that `tnllm build` put into a bundle.
 
 The state stays on the device. A decode step writes it into a second set of buffers, from which the next step goes back
-to the first; from the second time on, each of the two directions is one CUDA graph.
+to the first; from the second time on, each of the two directions is one CUDA graph, where TensorRT allows it.
 
 Not run yet: no GPU that TensorRT-RTX runs on, and no TensorRT, was at hand.
 """
 
-import contextlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self, cast
+from collections.abc import Sequence
+from typing import Self, cast
 
 import torch
 from safetensors import safe_open
@@ -17,20 +15,21 @@ from torch import Tensor
 
 from tnllm_export.bundle import Bundle
 from tnllm_export.bundle.engines import ProfileRecord
-from tnllm_export.errors import ProfileError, RuntimeTargetError, UnsupportedTargetError
+from tnllm_export.errors import ProfileError, UnsupportedTargetError
 from tnllm_export.runtime.engines import Gpu, check_fits, choose_engines, deserialize
 from tnllm_export.runtime.protocol import RuntimeInfo, State
 from tnllm_export.runtime.state import StateHandle, check_batch, check_handle, check_state_tensors
 from tnllm_export.runtime.support import check_supported, weights_id
+from tnllm_export.runtime.tensorrt_program import Context, Program
 from tnllm_export.runtime.validation import check_decode, check_prefill
-from tnllm_export.tensorrt import engine_target, import_tensorrt, last_error
+from tnllm_export.tensorrt import engine_target, import_tensorrt
 
 
 class TensorrtRuntime:
     """Runs a pair of engines. Logits are returned on the host."""
 
     def __init__(
-        self, info: RuntimeInfo, prefill: "Program", decode: "Program", profile: ProfileRecord, device: torch.device
+        self, info: RuntimeInfo, prefill: Program, decode: Program, profile: ProfileRecord, device: torch.device
     ) -> None:
         self._info = info
         self._prefill = prefill
@@ -79,6 +78,7 @@ class TensorrtRuntime:
                 weights,
                 stream,
                 engines.path / f"{program}-{gpu.capability}.cache",
+                captured=program == "decode",
             )
             for program, graph in (("prefill", bundle.prefill_path), ("decode", bundle.decode_path))
         ]
@@ -153,73 +153,6 @@ class TensorrtRuntime:
         return [torch.empty(shape, device=self._device) for shape in shapes]
 
 
-class Program:
-    """One engine, and what all its contexts share: the stream, external weights, kernels compiled so far.
-
-    TensorRT-RTX compiles kernels for the GPU when a context first needs them, and keeps them in a runtime cache.
-    """
-
-    def __init__(
-        self, trt: Any, engine: Any, weights: Mapping[str, Tensor], stream: torch.cuda.Stream, cache: Path
-    ) -> None:
-        self.trt = trt
-        self.stream = stream
-        self._engine = engine
-        names = {engine.get_tensor_name(place) for place in range(engine.num_io_tensors)}
-        self._weights = {name: weight for name, weight in weights.items() if name in names}
-        self._config = None
-        self._saved = False
-        self._cache_file = cache
-        if hasattr(trt, "IRuntimeCache"):
-            self._config = engine.create_runtime_config()
-            self._cache = self._config.create_runtime_cache()
-            if cache.is_file():
-                self._cache.deserialize(cache.read_bytes())
-            self._config.set_runtime_cache(self._cache)
-
-    def context(self) -> "Context":
-        """Return a new context. Raises RuntimeTargetError where there is no memory for it."""
-        made = self._engine.create_execution_context(*([] if self._config is None else [self._config]))
-        if made is None:
-            reason = last_error(self.trt)
-            raise RuntimeTargetError(f"{self.trt.__name__} could not make a context ({reason}); free GPU memory")
-        for name, weight in self._weights.items():
-            made.set_tensor_address(name, weight.data_ptr())
-        return Context(self, made)
-
-    def save_cache(self) -> None:
-        """Keep the kernels compiled so far for the next process, once, where the bundle's folder can be written."""
-        if self._config is not None and not self._saved:
-            self._saved = True
-            with contextlib.suppress(OSError):
-                self._cache_file.write_bytes(memoryview(self._cache.serialize()))
-
-
-class Context:
-    """One of TensorRT's execution contexts."""
-
-    def __init__(self, program: Program, context: Any) -> None:
-        self._program = program
-        self._context = context
-
-    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Bind contiguous device tensors, which the caller keeps alive while they are bound."""
-        for name, tensor in inputs.items():
-            if not self._context.set_input_shape(name, tuple(tensor.shape)):
-                trt = self._program.trt
-                raise RuntimeTargetError(
-                    f"{trt.__name__} refuses {name} of shape {list(tensor.shape)} ({last_error(trt)})"
-                )
-        for name, tensor in (*inputs.items(), *outputs.items()):
-            self._context.set_tensor_address(name, tensor.data_ptr())
-
-    def enqueue(self) -> None:
-        """Run on the program's stream, without waiting."""
-        if not self._context.execute_async_v3(self._program.stream.cuda_stream):
-            trt = self._program.trt
-            raise RuntimeTargetError(f"{trt.__name__} failed: {last_error(trt)}")
-
-
 class _DeviceState(StateHandle):
     """A state that remembers the decode buffers it lies in, if any, and on which of their two sides."""
 
@@ -236,8 +169,8 @@ class _DeviceState(StateHandle):
 class _DecodeSteps:
     """Two sets of state buffers and a context for each direction between them, made once per generation.
 
-    A direction runs once as it is, which TensorRT asks for, and is captured into a CUDA graph the second time. A graph
-    is bound to the state of its context: nothing else may ever use that one.
+    A direction runs once as it is, which TensorRT asks for, and is captured into a CUDA graph the second time, where it
+    can be. A graph is bound to the state of its context: nothing else may ever use that one.
     """
 
     def __init__(self, program: Program, past: Sequence[Tensor], vocab_size: int) -> None:
@@ -261,16 +194,18 @@ class _DecodeSteps:
         stream = self._program.stream
         stream.wait_stream(torch.cuda.current_stream())
         context = self._contexts[side]
-        if context is not None and self._graphs[side] is None:
+        if context is not None and self._graphs[side] is None and context.capturable:
             self._graphs[side] = self._capture(context)
         graph = self._graphs[side]
         with torch.cuda.stream(stream):
             self._input_ids.copy_(self._host_ids, non_blocking=True)
             self._positions.copy_(self._host_positions, non_blocking=True)
-            if graph is None:
-                self._contexts[side] = self._first_run(side)
-            else:
+            if graph is not None:
                 graph.replay()
+            elif context is not None:
+                context.enqueue()
+            else:
+                self._contexts[side] = self._first_run(side)
             self._host_logits.copy_(self._logits, non_blocking=True)
         stream.synchronize()
         return self._host_logits.clone()

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from tnllm_export.errors import (
 from tnllm_export.runtime import load_runtime
 from tnllm_export.runtime.engines import Gpu, check_fits, choose_engines, deserialize
 from tnllm_export.runtime.tensorrt import check_profile
+from tnllm_export.runtime.tensorrt_program import Context, Program
 from tnllm_export.tensorrt import engine_target, import_tensorrt
 
 ADA = Gpu("NVIDIA GeForce RTX 4090", "8.9")
@@ -177,6 +179,36 @@ def test_without_a_gpu_one_line_says_so_and_what_runs_instead(own):
     assert "runtime onnxruntime or torch" in str(error.value)
     with pytest.raises(UnsupportedTargetError, match="does not run on device 'cpu'; expected one of: cuda"):
         load_runtime(own, "tensorrt-rtx", device="cpu")
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX has no wheel for this platform")
+@pytest.mark.parametrize("captured", [False, True])
+def test_kernels_of_what_is_captured_are_not_exchanged_while_it_runs(tmp_path, captured):
+    trt = import_tensorrt(engine_target("tensorrt-rtx"))
+    strategies = trt.DynamicShapesKernelSpecializationStrategy
+    assert hasattr(trt.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
+    (tmp_path / "kernels").write_bytes(b"compiled before")
+    seen = []
+    config = SimpleNamespace(
+        dynamic_shapes_kernel_specialization_strategy=strategies.LAZY,
+        create_runtime_cache=lambda: SimpleNamespace(deserialize=seen.append),
+        set_runtime_cache=seen.append,
+    )
+    engine = SimpleNamespace(num_io_tensors=0, create_runtime_config=lambda: config)
+    Program(trt, engine, {}, None, tmp_path / "kernels", captured=captured)
+    assert seen[0] == b"compiled before"
+    assert len(seen) == 2
+    expected = strategies.EAGER if captured else strategies.LAZY
+    assert config.dynamic_shapes_kernel_specialization_strategy == expected
+
+
+def test_only_what_tensorrt_can_run_in_a_capture_is_captured():
+    program = SimpleNamespace(stream=SimpleNamespace(cuda_stream=7))
+    for answer in (False, True):
+        context = SimpleNamespace(is_stream_capturable={7: answer}.__getitem__)
+        assert Context(program, context).capturable == answer
+    # TensorRT has no such question: it always can.
+    assert Context(program, SimpleNamespace()).capturable
 
 
 def test_a_library_that_is_not_embedded_lies_beside_the_engines(own):
