@@ -100,14 +100,14 @@ def memory_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Ite
     ids = _ids(size, 1, plan.piece)
 
     def generate() -> None:
-        runtime = TorchRuntime(model, capture=plan.captures())
+        runtime = TorchRuntime(model, capture=plan.capture or "auto")
         found = runtime.initial_state(1)
         for start in (0, short):
             _, found = prefill(runtime, ids[:, start : start + short], found, start)
         loop_milliseconds(runtime_step(runtime, found), 1, 2 * short, budget_s=0, warm_up=11)
 
     def prefill_piece() -> None:
-        runtime = TorchRuntime(model, capture=plan.captures())
+        runtime = TorchRuntime(model, capture=plan.capture or "auto")
         prefill(runtime, ids, runtime.initial_state(1))
 
     works: tuple[tuple[str, Callable[[], None], float | None], ...] = (
@@ -125,7 +125,7 @@ def decode_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Ite
     """Time per token: the runtime's, a user's, the graph's, and the model's without a graph and without our kernels."""
     for batch in plan.batches:
         floor = token_floor(weight_bytes(model), *[state_bytes(size.config, batch)] * 2, plan.device)
-        runtime = TorchRuntime(model, capture=plan.captures())
+        runtime = TorchRuntime(model, capture=plan.capture or "auto")
         ours = loop_milliseconds(runtime_step(runtime, runtime.initial_state(batch)), batch, plan.contexts[0])
         yield from _token_records(size, batch, HOST, ours, floor, {})
         generated = generation_milliseconds(runtime, batch, plan.generated)
@@ -154,7 +154,7 @@ def graph_milliseconds(model: TransnormerForCausalLM, batch: int, plan: Plan) ->
 def prefill_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Iterator[Record]:
     """Time and rate of a prefill, and the time to the first token."""
     ids, flops = _ids(size, 1, max(plan.prompts)), prefill_flops(size.config, plan.piece)
-    runtime = TorchRuntime(model, capture=plan.captures())
+    runtime = TorchRuntime(model, capture=plan.capture or "auto")
     zero = runtime.initial_state(1)
     piece = ids[:, : plan.piece]
     found = milliseconds([lambda: prefill(runtime, piece, zero)], plan.device, least=3)
@@ -166,20 +166,21 @@ def prefill_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> It
     yield Record(INFERENCE, case, RATE, "TFLOP/s", rates[0], ceiling / 1e12, PYTORCH, rates[1], gpu_versions())
     for prompt in plan.prompts:
         first = first_token_milliseconds(runtime, ids[:, :prompt])
-        floor = 1e3 * prefill_flops(size.config, prompt) / ceiling
+        read = token_floor(weight_bytes(model), *[state_bytes(size.config, 1)] * 2, plan.device)
+        floor = max(1e3 * prefill_flops(size.config, prompt) / ceiling, read)
         yield Record(INFERENCE, f"{size.name} | prompt of {prompt} tokens", "time to first token", "ms", first, floor,
                      versions=gpu_versions())  # fmt: skip
 
 
 def first_token_milliseconds(runtime: TorchRuntime, ids: Tensor, repeats: int = 3) -> float:
-    """Return the median time from a prompt on the host to its first new token on the host."""
+    """Return the median time from a prompt on the host to its first new token on the host, once its size is known."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 2):
         start = time.perf_counter()
         logits, _ = prefill(runtime, ids, runtime.initial_state(len(ids)))
         logits.argmax(-1).cpu()
         times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+    return statistics.median(times[2:])
 
 
 def compiled_records(size: Size, plan: Plan, times: Times, deadline: float) -> Iterator[Record]:

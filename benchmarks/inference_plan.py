@@ -80,7 +80,7 @@ class Plan:
     contexts: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
     generated: int = 256
     piece: int = 8192
-    prompts: tuple[int, ...] = (512, 2048, 8192, 32768)
+    prompts: tuple[int, ...] = (64, 512, 2048, 8192, 32768)
     device: str = DEVICE
     capture: Capture | None = None
     kernels: Choice = "triton"
