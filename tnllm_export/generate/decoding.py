@@ -65,7 +65,6 @@ class DecodingAhead(Decoding):
         """
         super().__init__(runtime, state)
         self._ahead = runtime
-        self._device = torch.device(runtime.info.device)
         self._keep_logits = keep_logits
         self._step: _Step | None = None
         self._read: tuple[list[int], list[float]] | None = None
@@ -106,17 +105,20 @@ class DecodingAhead(Decoding):
 
     def _first(self, rows: Sequence[RunningSequence]) -> "_Step":
         """Start a step on tokens that the host knows."""
-        self._chooser = Chooser(rows, self._device) if Chooser.needed(rows) else None
-        return self._start(*_pending(rows))
+        step = self._ahead.decode_ahead(*_pending(rows), self.state)
+        self._chooser = Chooser(rows, step[0].logits.device) if Chooser.needed(rows) else None
+        return self._started(*step)
 
     def _following(self, rows: Sequence[RunningSequence], step: "_Step") -> "_Step":
         """Start a step on the tokens that another one will have chosen."""
         for row in rows:
             row.position += 1
-        return self._start(None if step.chosen is None else step.chosen[:, None], None)
+        chosen = None if step.chosen is None else step.chosen[:, None]
+        return self._started(*self._ahead.decode_ahead(chosen, None, self.state))
 
-    def _start(self, input_ids: Tensor | None, positions: Tensor | None) -> "_Step":
-        work, self.state = self._ahead.decode_ahead(input_ids, positions, self.state)
+    def _started(self, work: Underway, state: State) -> "_Step":
+        """Enqueue the choice of the tokens behind a step, where it is not the step's own."""
+        self.state = state
         logits = work.logits.clone() if self._keep_logits else None
         if self._chooser is None:
             return _Step(work, None, None, logits)

@@ -19,10 +19,10 @@ class HostCopy:
         self._arrived = torch.cuda.Event() if like.is_cuda else None  # type: ignore[no-untyped-call]
 
     def start(self, tensor: Tensor) -> "HostCopy":
-        """Copy the tensor once the current stream has come so far; it may be overwritten on that stream afterwards."""
+        """Copy the tensor when its device's current stream is there. Work on that stream may overwrite it later."""
         self._tensor.copy_(tensor, non_blocking=True)
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
         return self
 
     def wait(self) -> Tensor:

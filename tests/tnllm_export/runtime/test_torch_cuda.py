@@ -1,6 +1,7 @@
 """The PyTorch model on a GPU: it is verified, its graphs answer as eager steps do, and its memory ends in one line."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,6 +132,84 @@ def test_steps_that_are_not_waited_for_get_their_own_inputs() -> None:
         answer, state = runtime.decode(ids[:, t : t + 1], torch.tensor([t]), state)
         answers.append(answer)
     assert torch.equal(torch.stack(answers, 1).cpu(), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_ahead_give_the_tokens_and_the_state_of_steps_in_turns(dtype: str, batch: int) -> None:
+    runtime = TorchRuntime(demo_model(dtype, "cuda"))
+    first, positions = torch.arange(5, 5 + batch)[:, None], torch.arange(batch)
+    state, ids, expected = runtime.initial_state(batch), first, []
+    for t in range(40):
+        logits, state = runtime.decode(ids, positions + t, state)
+        ids = logits.argmax(-1, keepdim=True).cpu()
+        expected.append(ids[:, 0].tolist())
+    wanted = runtime.host_state(state)
+    step, state = runtime.decode_ahead(first, positions, runtime.initial_state(batch))
+    steps = [step]
+    for _ in range(39):
+        step, state = runtime.decode_ahead(None, None, state)
+        steps.append(step)
+    assert [work.wait()[0] for work in steps] == expected
+    assert all(torch.equal(one, other) for one, other in zip(runtime.host_state(state), wanted, strict=True))
+    assert steps[-1].wait()[1] == logits.amax(-1).tolist()
+    assert torch.equal(step.logits, logits)
+
+
+def test_states_that_run_ahead_in_turns_keep_their_next_tokens() -> None:
+    runtime = TorchRuntime(demo_model("float32", "cuda"))
+    firsts = [torch.tensor([[5], [6]]), torch.tensor([[7], [8]])]
+    zeros = torch.zeros(2, dtype=torch.int64)
+    found: list[list[list[int]]] = []
+    for turns in ([0] * 20 + [1] * 20, [0, 1] * 20):
+        tokens: list[list[int]] = [[], []]
+        states: list[object] = [None, None]
+        for place in turns:
+            if states[place] is None:
+                step, states[place] = runtime.decode_ahead(firsts[place], zeros, runtime.initial_state(2))
+            else:
+                step, states[place] = runtime.decode_ahead(None, None, states[place])
+            tokens[place].extend(step.wait()[0])
+        found.append(tokens)
+    assert found[0] == found[1]
+
+
+def test_a_token_outside_the_vocabulary_that_nobody_has_seen_harms_nothing() -> None:
+    runtime = TorchRuntime(demo_model("float32", "cuda"))
+    first, zeros = torch.tensor([[5]]), torch.zeros(1, dtype=torch.int64)
+    logits = []
+    for token in (4095, 10**9):
+        _, state = runtime.decode_ahead(first, zeros, runtime.initial_state(1))
+        step, _ = runtime.decode_ahead(torch.tensor([[token]], device="cuda"), None, state)
+        logits.append(step.logits.clone())
+    assert torch.equal(*logits)
+
+
+SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=11, max_new_tokens=60)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(max_new_tokens=60), SAMPLED, replace(SAMPLED, top_k=0)])
+def test_a_generator_that_runs_ahead_tells_what_one_in_turns_does(params: SamplingParams) -> None:
+    """Stops come where the next step is under way: the sessions kept there go on as if nothing had stopped."""
+    runtime = TorchRuntime(demo_model("float32", "cuda"))
+    tokenizer = load_tokenizer(checkpoint_folder() / "tokenizer.model", 4096)
+    ahead, in_turns = Generator(runtime, tokenizer), Generator(TorchRuntime(demo_model("float32", "cuda")), tokenizer)
+    in_turns.runtime._info = replace(runtime.info, runs_ahead=False)  # type: ignore[attr-defined]
+    params = replace(params, stop_at_eos=False)
+    prompts = [demo_ids()[start : start + 30] for start in range(5)]
+    whole = in_turns.generate(prompts, params)
+    stopped = [replace(params, stop=(one.text[20 + 3 * place :][:4],)) for place, one in enumerate(whole)]
+    parts = [generator.generate(prompts, stopped, keep_sessions=True) for generator in (ahead, in_turns)]
+    told = [[(part.token_ids, part.text, part.finish_reason) for part in some] for some in parts]
+    assert told[0] == told[1]
+    assert "stop" in {part.finish_reason for part in parts[0]}
+    rest = ahead.generate(
+        [[]] * 5,
+        [replace(params, max_new_tokens=max(60 - len(part.token_ids), 0)) for part in parts[0]],
+        sessions=[part.session for part in parts[0]],
+    )
+    joined = [(*part.token_ids, *more.token_ids) for part, more in zip(parts[0], rest, strict=True)]
+    assert joined == [one.token_ids for one in whole]
 
 
 def test_a_state_that_does_not_fit_is_refused_in_one_line() -> None:
