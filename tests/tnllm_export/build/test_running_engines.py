@@ -106,9 +106,10 @@ def test_the_demo_checkpoint_is_built_and_run_as_the_eager_model_runs_it(target,
     succeed(VERIFY, bundle_of("demo", dtype, lowering).path, target, lowering, "embedded")
 
 
+@pytest.mark.parametrize("lowering", ["matmul", "plugin"])
 @pytest.mark.parametrize("weights", ["external", "stripped"])
-def test_weights_outside_the_engines_give_the_same(target, bundle_of, weights):
-    succeed(VERIFY, bundle_of("demo", "float16", "matmul").path, target, "matmul", weights)
+def test_weights_outside_the_engines_give_the_same(target, bundle_of, lowering, weights):
+    succeed(VERIFY, bundle_of("demo", "float16", lowering).path, target, lowering, weights)
 
 
 def test_engines_that_carry_the_plugins_need_no_library_beside_them(target, bundle_of):
