@@ -109,7 +109,7 @@ class CudaCapture:
 def _leave_pool(device: torch.device, pool: Any) -> None:
     """Tell the allocator that a capture has failed, which before 2.12 it goes on to believe in (PyTorch's #180395)."""
     with suppress(RuntimeError):  # it knows
-        torch.cuda.memory._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_endAllocateToPool(device.index, pool)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

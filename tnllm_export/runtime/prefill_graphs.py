@@ -138,10 +138,11 @@ class PrefillGraph:
         # Token ids, row by row, then positions and lengths: one copy brings all.
         self._inputs = torch.zeros(B * (tokens + 2), dtype=torch.int64, device=device)
         self._staging = Staging((B * (tokens + 2),), device.type == "cuda")
-        input_ids, positions, lengths = self._inputs.split((B * tokens, B, B))
+        input_ids = self._inputs[: B * tokens].view(B, tokens)
+        positions, lengths = self._inputs[B * tokens :].view(2, B)
         self._captured: Captured | None = None
         self._call: Callable[[], Tensor] = lambda: model.prefill_in_place(
-            input_ids.view(B, tokens), lengths.to(torch.int32), positions, states
+            input_ids, lengths.to(torch.int32), positions, states
         )
 
     @property

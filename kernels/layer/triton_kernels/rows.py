@@ -89,14 +89,14 @@ def launch_for(table: dict[int, Launch], width: int) -> Launch:
     return Launch(launch.rows * narrowest // block, launch.warps, launch.per_processor, launch.stages)
 
 
-def start(kernel: Any, cut: Cut, *tensors: Tensor | None) -> None:
-    """Launch a kernel on the device of the first tensor. None stands for a tensor that the constants leave out."""
-    device = tensors[0].device
-    if not is_current(device):
-        with torch.cuda.device(device):
-            start(kernel, cut, *tensors)
+def start(kernel: Any, cut: Cut, x: Tensor, *others: Tensor | None) -> None:
+    """Launch a kernel on the device of x. None stands for a tensor that the constants leave out."""
+    if not is_current(x.device):
+        with torch.cuda.device(x.device):
+            start(kernel, cut, x, *others)
         return
-    misalignment = [0 if x is None else x.data_ptr() & 15 for x in tensors]
+    tensors = (x, *others)
+    misalignment = [0 if tensor is None else tensor.data_ptr() & 15 for tensor in tensors]
     launch(kernel, (cut, *misalignment), cut.grid, tensors + cut.numbers, cut.constants, cut.warps)
 
 

@@ -209,7 +209,8 @@ class NoCuda:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
-        monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", lambda device, pool: self.left.append(pool))
+        leave = lambda device, pool: self.left.append(pool)  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", leave, raising=False)  # absent without CUDA
 
     @contextmanager
     def graph(self, graph: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
