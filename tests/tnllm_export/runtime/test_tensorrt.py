@@ -8,7 +8,8 @@ import os
 import shutil
 import sys
 from importlib.util import find_spec
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,42 @@ def test_a_corrupt_engine_is_named_with_what_tensorrt_says(own, content):
     assert f"prefill.engine: tensorrt_rtx {trt.__version__} refuses it (" in one_line(error)
     assert "no reason given" not in str(error.value)
     assert "build again with `tnllm build`" in str(error.value)
+
+
+def tensorrt_that_refits(reads: bool, refits: bool, seen: list[str]) -> ModuleType:
+    """TensorRT as far as loading a stripped engine goes."""
+    trt = ModuleType("tensorrt_rtx")
+    trt.__version__ = VERSION
+    trt.ILogger = type("ILogger", (), {"Severity": SimpleNamespace(ERROR=1, INTERNAL_ERROR=0)})
+    trt.Runtime = lambda log: SimpleNamespace(deserialize_cuda_engine=lambda content: content[:])
+    trt.Refitter = lambda engine, log: SimpleNamespace(engine=engine, refit_cuda_engine=lambda: refits)
+
+    def read(refitter, log):
+        assert refitter.engine == b"no engine"
+        return SimpleNamespace(refit_from_file=lambda path: seen.append(path) or reads)
+
+    trt.OnnxParserRefitter = read
+    return trt
+
+
+@pytest.mark.parametrize(("reads", "refits"), [(True, True), (True, False), (False, True)])
+def test_a_stripped_engine_takes_the_weights_beside_the_graph_or_names_the_way_out(own, monkeypatch, reads, refits):
+    engines = put(own, spec_of(own, weights="stripped", weights_sha256=""))
+    monkeypatch.chdir(own.path.parent)
+    graph, seen = Path(own.path.name, "decode.onnx"), []
+    trt = tensorrt_that_refits(reads, refits, seen)
+    if reads and refits:
+        assert deserialize(trt, engines, "decode", graph) == b"no engine"
+    else:
+        with pytest.raises(EngineMismatchError) as error:
+            deserialize(trt, engines, "decode", graph)
+        assert "decode.engine: its weights can't be put back (" in one_line(error)
+        assert "build again with --weights external" in str(error.value)
+    # Weights are looked for beside the path: it has to be absolute.
+    assert seen == [str(own.prefill_path.resolve().with_name("decode.onnx"))]
+    embedded = put(own, spec_of(own))
+    deserialize(trt, embedded, "decode", graph)
+    assert len(seen) == 1
 
 
 def test_a_request_beyond_the_profile_says_what_fits_and_how_to_get_more():
