@@ -54,7 +54,7 @@ class FusedDecoder:
         query, key = (buffer(batch * max(map(config.key_dim, range(config.decoder_layers))) * H) for _ in range(2))
         value, gate = buffer(batch, H, D), buffer(batch, d)
         self._layers: list[tuple[TransnormerDecoderLayer, Tensor, Heads]] = []
-        for index, layer in enumerate(_layers(model)):
+        for index, layer in enumerate(layers_of(model)):
             K = config.key_dim(index)
             size, shape = batch * H * K, (batch, H, K)
             theta = None if layer.token_mixer.lrpe is None else layer.token_mixer.lrpe.theta.detach()
@@ -112,17 +112,19 @@ class FusedDecoder:
 
         model, x, scratch, inner = self._model.model, self._x, self._scratch, self._inner
         self._check(input_ids, positions, states)
-        embed(input_ids, _weight(model.embed_tokens), model.embed_scale, x)
+        embed(input_ids, weight_of(model.embed_tokens), model.embed_scale, x)
         mixed_rows = self._mixed.view(self._batch, -1)
         for (layer, query, heads), state in zip(self._layers, states, strict=True):
             mixer, channel = layer.token_mixer, layer.channel_mixer
-            weight = _weight(mixer.qkvu_proj)
+            weight = weight_of(mixer.qkvu_proj)
             linear(x, weight, query, scratch, before="norm", after="heads", heads=heads, positions=positions)
             recurrence(query, heads.key, heads.value, mixer.slope_rate, state, self._mixed)
-            linear(heads.gate, _weight(mixer.out_proj), x, scratch, before="gate", after="residual", other=mixed_rows)
-            linear(x, _weight(channel.l1), inner, scratch, before="norm", after="product", weight_2=_weight(channel.l2))
-            linear(inner, _weight(channel.l3), x, scratch, after="residual")
-        linear(x, _weight(self._model.lm_head), self._logits, scratch, before="norm")
+            linear(heads.gate, weight_of(mixer.out_proj), x, scratch, before="gate", after="residual", other=mixed_rows)
+            linear(
+                x, weight_of(channel.l1), inner, scratch, before="norm", after="product", weight_2=weight_of(channel.l2)
+            )
+            linear(inner, weight_of(channel.l3), x, scratch, after="residual")
+        linear(x, weight_of(self._model.lm_head), self._logits, scratch, before="norm")
         return self._logits
 
     def _check(self, input_ids: Tensor, positions: Tensor, states: Sequence[Tensor]) -> None:
@@ -143,11 +145,13 @@ class FusedDecoder:
                 )
 
 
-def _layers(model: TransnormerForCausalLM) -> list[TransnormerDecoderLayer]:
+def layers_of(model: TransnormerForCausalLM) -> list[TransnormerDecoderLayer]:
+    """Return the layers of a model."""
     return [layer for layer in model.model.layers if isinstance(layer, TransnormerDecoderLayer)]
 
 
-def _weight(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the matrix of a linear map or an embedding."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight

@@ -110,7 +110,7 @@ class GatedLinearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Attend over x [B, T, d] with positions [B, T], continuing past_state; return [B, T, d] and the new state.
 
-        `lengths` None means one decoded token, T = 1, by the recurrent step; `in_place` writes over past_state.
+        `lengths` None means one decoded token, T = 1, by the recurrent step; `in_place` lets it write over past_state.
         """
         query, key, value, gate = self._project(x, positions)
         if lengths is None:
@@ -123,8 +123,6 @@ class GatedLinearAttention(nn.Module):
             mixed = output.flatten(1).unsqueeze(1)
         else:
             output, present_state = lightning_attention(query, key, value, self.slope_rate, past_state, lengths)
-            if in_place:
-                present_state = past_state.copy_(present_state)
             # [B, T, H, V] -> [B, T, d]
             mixed = output.flatten(2)
         if gate is not None and isinstance(self.norm, SimpleRMSNorm) and fused(gate, mixed):
@@ -221,8 +219,7 @@ class TransnormerForCausalLM(nn.Module):
     """TransNormerLLM with its language-model head: the truth that every other runtime is compared with.
 
     `forward` is the prefill and training program, `decode` the one for a single token. Both return float32 logits
-    and the new recurrent states, [B, H, K, V] float32 per layer, and change nothing in place; `prefill_in_place` and
-    `decode_in_place` do.
+    and the new recurrent states, [B, H, K, V] float32 per layer, and change nothing in place; `decode_in_place` does.
     """
 
     def __init__(self, config: TransnormerConfig) -> None:
@@ -296,14 +293,13 @@ class TransnormerForCausalLM(nn.Module):
         if past_state is None:
             past_state = self.initial_state(B)
         hidden, present_state = self.model(input_ids, lengths, positions, past_state)
-        return _wide(self.lm_head(_last(hidden, lengths) if logits == "last" else hidden)), present_state
-
-    def prefill_in_place(
-        self, input_ids: Tensor, lengths: Tensor, positions: Tensor, state: Sequence[Tensor]
-    ) -> Tensor:
-        """Feed many tokens as `forward` does, write the new states over the old ones; return the "last" logits."""
-        hidden, _ = self.model(input_ids, lengths, positions, state, True)
-        return _wide(self.lm_head(_last(hidden, lengths)))
+        if logits == "last":
+            # A row without valid tokens has no last one; its logits are those of token 0 and mean nothing.
+            last = (lengths.to(torch.int64) - 1).clamp(min=0)
+            # [B, T, d] -> [B, d]
+            index = torch.unflatten(last, 0, (-1, 1, 1)).expand(-1, 1, hidden.shape[-1])
+            hidden = hidden.gather(1, index).squeeze(1)
+        return _wide(self.lm_head(hidden)), present_state
 
     def decode(self, input_ids: Tensor, positions: Tensor, past_state: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Feed one token, input_ids [B, 1], by the robust recurrence; return logits [B, vocab] and new states."""
@@ -338,13 +334,6 @@ def activate(activation: Activation, x: Tensor) -> Tensor:
     if activation == "silu":
         return F.silu(x)
     return 1 + F.elu(x) if activation == "1+elu" else x
-
-
-def _last(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """Take the last valid token of each row, [B, d] of [B, T, d]; where there is none, token 0, which means nothing."""
-    last = (lengths.to(torch.int64) - 1).clamp(min=0)
-    index = torch.unflatten(last, 0, (-1, 1, 1)).expand(-1, 1, hidden.shape[-1])
-    return hidden.gather(1, index).squeeze(1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ capture, and the answer to a prompt is the same, bit for bit, each time.
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from tnllm_export.errors import DeviceMemoryError, RuntimeTargetError
 from tnllm_export.kernels.dispatch import Choice, kernel_choice
 from tnllm_export.models.config import TransnormerConfig
+from tnllm_export.models.fused_prefill import prefill
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime.cuda_graphs import Capture, Captured, CudaCapture, Staging, on_device
 from tnllm_export.runtime.decode_graphs import graph_batch
@@ -26,8 +28,8 @@ from tnllm_export.runtime.state import StateHandle
 MOST_TOKENS = 2048
 """Tokens of a call, padding included; with more, the GPU is busy for longer than the host."""
 
-MOST_STATE_BYTES = 2**29
-"""Of the states of a call. More sequences at once keep the GPU busy, too."""
+MOST_STATE_BYTES = 2**28
+"""Of the states of a call, which graphs hold twice. More sequences at once keep the GPU busy, too."""
 
 MOST_GRAPHS = 16
 """Sizes that are kept; the one that was not used for longest goes first."""
@@ -39,8 +41,8 @@ FEWEST_TOKENS, TOKEN_STEP = 16, 64
 class PrefillGraphs:
     """The prefills of one model, captured for the sizes that are asked for again.
 
-    Memory, beside weights and the callers' states: a state for each number of sequences that graphs are kept for, and
-    one pool for the activations of all graphs, `activation_bytes` of MOST_TOKENS.
+    Memory, beside weights and the callers' states: two states for each number of sequences that graphs are kept for,
+    and one pool for the activations of all graphs, `activation_bytes` of MOST_TOKENS.
     """
 
     def __init__(self, model: TransnormerForCausalLM, capture: Capture | None = None) -> None:
@@ -58,7 +60,7 @@ class PrefillGraphs:
             self._device, warm_ups=1, reserve=activation_bytes(model.config, MOST_TOKENS, weight.dtype)
         )
         self._graphs: OrderedDict[tuple[int, int, Choice], PrefillGraph] = OrderedDict()
-        self._states: dict[int, list[Tensor]] = {}
+        self._states: dict[int, States] = {}
 
     def take(self, batch: int, tokens: int) -> bool:
         """Whether a prompt of this size is short enough."""
@@ -94,7 +96,7 @@ class PrefillGraphs:
             while len(self._graphs) >= MOST_GRAPHS:
                 self._evict()
             if batch not in self._states:
-                self._states[batch] = self._model.initial_state(batch)
+                self._states[batch] = States(self._model.initial_state(batch), self._model.initial_state(batch))
             graph = self._graphs[key] = PrefillGraph(self._model, tokens, self._states[batch])
         elif self._capture is not None and not graph.captured:
             self._try_to_capture(graph, f"prefill of {batch} x {tokens} tokens")
@@ -120,30 +122,32 @@ class PrefillGraphs:
             )
 
 
+@dataclass(frozen=True)
+class States:
+    """What graphs of one number of sequences read and write, one [B, H, K, V] per layer: all anew for each prompt."""
+
+    past: list[Tensor]
+    present: list[Tensor]
+
+
 class PrefillGraph:
-    """Prefill of one size, [B, T], its inputs, which come through pinned memory, and its state."""
+    """Prefill of one size, [B, T], and its inputs, which come through pinned memory."""
 
-    def __init__(self, model: TransnormerForCausalLM, tokens: int, states: list[Tensor]) -> None:
-        """Make it, not captured.
-
-        Args:
-            model: What runs.
-            tokens: T.
-            states: One [B, H, K, V] per layer, which other graphs may use, too: they are written anew for each prompt.
-        """
+    def __init__(self, model: TransnormerForCausalLM, tokens: int, states: States) -> None:
+        """Make it, not captured, for T = `tokens` and states that other graphs may use, too."""
         device = model.device
         self._tokens = tokens
         self._states = states
-        B = len(states[0])
+        B = len(states.past[0])
         # Token ids, row by row, then positions and lengths: one copy brings all.
         self._inputs = torch.zeros(B * (tokens + 2), dtype=torch.int64, device=device)
         self._staging = Staging((B * (tokens + 2),), device.type == "cuda")
         input_ids = self._inputs[: B * tokens].view(B, tokens)
         positions, lengths = self._inputs[B * tokens :].view(2, B)
         self._captured: Captured | None = None
-        self._call: Callable[[], Tensor] = lambda: model.prefill_in_place(
-            input_ids, lengths.to(torch.int32), positions, states
-        )
+        self._call: Callable[[], Tensor] = lambda: prefill(
+            model, input_ids, lengths.to(torch.int32), positions, states.past, states.present
+        )[0]
 
     @property
     def captured(self) -> bool:
@@ -157,7 +161,7 @@ class PrefillGraph:
     def send(self, input_ids: Tensor, lengths: Tensor, positions: Tensor, past: StateHandle) -> None:
         """Start to bring inputs and state to where they are read. What is padded has length 0 and token id 0."""
         rows, T = input_ids.shape
-        B, size = len(self._states[0]), self._tokens
+        B, size = len(self._states.past[0]), self._tokens
         if input_ids.is_cpu and lengths.is_cpu and positions.is_cpu:
             staged = self._staging.numbers()
             staged[:] = 0
@@ -169,7 +173,7 @@ class PrefillGraph:
             self._inputs[: B * size].view(B, size)[:rows, :T] = input_ids
             for place, numbers in enumerate((positions, lengths)):
                 self._inputs[B * (size + place) :][:rows] = numbers
-        torch._foreach_copy_([own[:rows] for own in self._states], list(past.tensors))
+        torch._foreach_copy_([own[:rows] for own in self._states.past], list(past.tensors))
 
     def run(self, rows: int) -> tuple[Tensor, list[Tensor]]:
         """Read what was sent; return logits [rows, vocab] and the new state, in memory of their own."""
@@ -178,8 +182,9 @@ class PrefillGraph:
         else:
             self._captured.replay()
             logits = self._captured.logits[:rows].clone()
-        present = [torch.empty_like(own[:rows]) for own in self._states]
-        torch._foreach_copy_(present, [own[:rows] for own in self._states])
+        written = [own[:rows] for own in self._states.present]
+        present = [torch.empty_like(own) for own in written]
+        torch._foreach_copy_(present, written)
         return logits, present
 
 

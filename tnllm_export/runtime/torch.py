@@ -14,6 +14,7 @@ from tnllm_export.bundle import Bundle
 from tnllm_export.errors import UnsupportedTargetError
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.decay import slope_rates
+from tnllm_export.models.fused_prefill import prefill
 from tnllm_export.models.modeling import GatedLinearAttention, Logits, TransnormerForCausalLM
 from tnllm_export.runtime.ahead import Underway
 from tnllm_export.runtime.cuda_graphs import Capture
@@ -124,13 +125,11 @@ class TorchRuntime:
         with reporting_out_of_memory(
             self._device, f"prefill of {B} x {T} tokens", "feed the prompt in smaller pieces (--prefill-chunk)"
         ):
-            logits, present = self._model(
-                input_ids.to(self._device),
-                lengths.to(self._device),
-                positions.to(self._device),
-                handle.tensors,
-                self._logits,
-            )
+            ids, counts, places = (tensor.to(self._device) for tensor in (input_ids, lengths, positions))
+            if self._logits == "last":
+                logits, present = prefill(self._model, ids, counts, places, handle.tensors)
+            else:
+                logits, present = self._model(ids, counts, places, handle.tensors, self._logits)
         return logits, GraphState(self, present)
 
     @torch.inference_mode()

@@ -100,21 +100,6 @@ def test_decoding_in_place_is_decoding_bit_for_bit(dtype):
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@torch.inference_mode()
-def test_reading_in_place_is_reading_bit_for_bit(dtype):
-    model = make_model(dtype)
-    _, state = model(torch.randint(61, (2, 9)))
-    ids, positions = torch.randint(61, (2, 5)), torch.full((2,), 9)
-    lengths = torch.tensor([5, 3], dtype=torch.int32)
-    expected, after = model(ids, lengths, positions, state, "last")
-    assert not torch.equal(after[0], state[0])
-    logits = model.prefill_in_place(ids, lengths, positions, state)
-    assert torch.equal(logits, expected)
-    for found, wanted in zip(state, after, strict=True):
-        assert torch.equal(found, wanted)
-
-
 @pytest.mark.parametrize(
     "fields", [{"decay_type": "paper"}, {"linear_act_fun": "none"}, {"linear_use_gate": False}], ids=str
 )
