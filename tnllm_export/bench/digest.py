@@ -34,8 +34,8 @@ class Section:
         return [(size, row) for size, row in found if row is not None]
 
 
-def sections(report: BenchReport) -> tuple[Section, Section, Section]:
-    """Return the three sweeps of a report."""
+def sections(report: BenchReport) -> tuple[Section, Section, Section, Section]:
+    """Return the sweeps of a report."""
     lengths, contexts, batches = (tuple(report.options[name]) for name in ("prompt_lengths", "contexts", "batches"))
     return (
         Section(
@@ -47,7 +47,7 @@ def sections(report: BenchReport) -> tuple[Section, Section, Section]:
         ),
         Section(
             "Decode over context",
-            "One sequence: one token and the choice of the next. " + fed_note(report),
+            "One sequence: one token and the choice of the next, each waited for. " + fed_note(report),
             "tokens before",
             "decode",
             tuple((1, context) for context in contexts),
@@ -57,6 +57,14 @@ def sections(report: BenchReport) -> tuple[Section, Section, Section]:
             f"Sequences decoded together, after {contexts[0]:,} tokens each.",
             "sequences",
             "decode",
+            tuple((batch, contexts[0]) for batch in batches),
+        ),
+        Section(
+            "Generation over batch",
+            f"What a reader of the stream waits for each greedy token, after {contexts[0]:,} tokens. A runtime that "
+            "runs ahead starts each step before the host has seen the token it feeds.",
+            "sequences",
+            "generate",
             tuple((batch, contexts[0]) for batch in batches),
         ),
     )

@@ -45,16 +45,16 @@ _STYLE = {
 
 def plots(report: BenchReport) -> list[tuple[str, str, str]]:
     """Return title, note and SVG of each plot."""
-    prompt, context, batch = sections(report)
+    prompt, context, batch, made = sections(report)
     return [
         (prompt.title, prompt.note, _times(report, prompt, "seconds to the first token", 1.0)),
         (context.title, context.note, _times(report, context, "milliseconds per token", 1e3)),
         (batch.title, batch.note, _times(report, batch, "milliseconds per step", 1e3)),
         (
-            "Tokens per second over batch",
-            "All sequences together.",
+            made.title,
+            "Tokens per second of all sequences together.",
             _over(
-                report, batch, "tokens per second", lambda row: row.tokens_per_second, lambda row: row.batch / row.floor
+                report, made, "tokens per second", lambda row: row.tokens_per_second, lambda row: row.batch / row.floor
             ),
         ),
         (

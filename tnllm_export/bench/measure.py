@@ -1,5 +1,6 @@
 """Timing the cases on a loaded runtime."""
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,9 @@ from tnllm_export.bench.memory import Meter, release
 from tnllm_export.bench.options import BenchOptions
 from tnllm_export.bench.records import Ceilings, Program, Row
 from tnllm_export.bench.roofline import work_of
-from tnllm_export.bench.timing import time_calls
+from tnllm_export.bench.timing import LEAST_CALLS, summarize, time_calls
 from tnllm_export.errors import RequestError, RuntimeTargetError
+from tnllm_export.generate import Generator, SamplingParams
 from tnllm_export.progress import Progress
 from tnllm_export.runtime import Runtime, State
 
@@ -50,6 +52,7 @@ class Bench:
         cases = self.options
         todo: list[tuple[Program, int, int]] = [("prefill", 1, tokens) for tokens in cases.prompt_lengths]
         todo += [("decode", batch, context) for batch, context in cases.decode_cases]
+        todo += [("generate", batch, context) for batch, context in cases.generate_cases]
         end = time.perf_counter() + seconds
         stage = f"timing {self.runtime.info.name}"
         self._feeding = _FEEDING_SHARE * seconds
@@ -76,8 +79,8 @@ class Bench:
             return replace(row, note=f"the time limit of {self.options.time_limit:g} s had passed")
         self.meter.reset()
         try:
-            timed = self._prefill if program == "prefill" else self._decode
-            return timed(row, deadline)
+            timed = {"prefill": self._prefill, "decode": self._decode, "generate": self._generate}
+            return timed[program](row, deadline)
         except (RuntimeTargetError, RequestError) as error:
             note = str(error)
         except torch.OutOfMemoryError as error:
@@ -107,6 +110,22 @@ class Bench:
         times = time_calls(step, self.options.tokens, deadline, warm_up=_DECODE_WARM_UP)
         return replace(row, fed=fed, times=times, memory=self.meter.peak())
 
+    def _generate(self, row: Row, deadline: float) -> Row:
+        fed = self._fed_before(row)
+        generator = Generator(self.runtime, prefill_chunk=self._piece(row.batch))
+        tokens = 1 + _DECODE_WARM_UP + self.options.tokens
+        params = SamplingParams(max_new_tokens=tokens, stop_at_eos=False)
+        came: list[float] = []
+        for event in generator.stream(self._random_ids(row.batch, fed).tolist(), params):
+            if event.index == 0:
+                came.append(time.perf_counter())
+                if len(came) > 1 + LEAST_CALLS and came[-1] > deadline:
+                    break
+        # The first token comes from the prompt.
+        seconds = [after - before for before, after in itertools.pairwise(came)]
+        warm_up = min(_DECODE_WARM_UP, len(seconds) - LEAST_CALLS)
+        return replace(row, fed=fed, times=summarize(seconds[warm_up:]), memory=self.meter.peak())
+
     def _fed_before(self, row: Row) -> int:
         """All of the context where that takes a fair share of the time, else a few tokens."""
         affordable = self._feeding / len(self.options.decode_cases) * self._prefill_rate / row.batch
@@ -114,10 +133,9 @@ class Bench:
 
     def _feed(self, batch: int, tokens: int) -> tuple[State, Tensor]:
         """Return the state after random tokens, fed in pieces, and the token chosen then, [B, 1]."""
-        longest = max(self.options.prompt_lengths)
         state = self.runtime.initial_state(batch)
         chosen = torch.zeros(batch, 1, dtype=torch.int64)
-        piece = max(1, min(_PIECE, longest) // batch)
+        piece = self._piece(batch)
         for start in range(0, tokens, piece):
             count = min(piece, tokens - start)
             lengths = torch.full((batch,), count, dtype=torch.int32)
@@ -125,6 +143,10 @@ class Bench:
             logits, state = self.runtime.prefill(self._random_ids(batch, count), lengths, positions, state)
             chosen = choose(logits if logits.dim() == 2 else logits[:, -1])
         return state, chosen
+
+    def _piece(self, batch: int) -> int:
+        """Tokens of each sequence that are fed in one call."""
+        return max(1, min(_PIECE, max(self.options.prompt_lengths)) // batch)
 
     def _random_ids(self, batch: int, tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(tokens)

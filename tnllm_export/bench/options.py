@@ -12,7 +12,7 @@ class BenchOptions:
     Attributes:
         prompt_lengths: Prompts of one sequence, in tokens, each fed in one call.
         contexts: Tokens before the decoded ones, for one sequence.
-        batches: Sequences that are decoded together, after the first of `contexts`.
+        batches: Sequences that are decoded, and generated, together, after the first of `contexts`.
         tokens: Tokens that are decoded in each case.
         time_limit: Seconds for everything that is timed. Runtimes share them; what finds none left is not measured.
 
@@ -45,4 +45,9 @@ class BenchOptions:
     def decode_cases(self) -> tuple[tuple[int, int], ...]:
         """(batch, context) of each decode case, the two sweeps without repeats: contexts first, then batches."""
         over_context = [(1, context) for context in self.contexts]
-        return tuple(dict.fromkeys([*over_context, *((batch, self.contexts[0]) for batch in self.batches)]))
+        return tuple(dict.fromkeys([*over_context, *self.generate_cases]))
+
+    @property
+    def generate_cases(self) -> tuple[tuple[int, int], ...]:
+        """(batch, context) of each generation."""
+        return tuple((batch, self.contexts[0]) for batch in dict.fromkeys(self.batches))

@@ -71,7 +71,7 @@ def _cards(report: BenchReport) -> Iterable[str]:
     batch = max(report.options["batches"])
     for name, case in (
         (f"decode, after {contexts[0]:,} tokens", ("decode", 1, contexts[0])),
-        (f"decode of {batch} sequences", ("decode", batch, contexts[0])),
+        (f"generation of {batch} {'sequence' if batch == 1 else 'sequences'}", ("generate", batch, contexts[0])),
         (f"first token of {max(prompts):,}", ("prefill", 1, max(prompts))),
     ):
         found = best(report, *case)

@@ -8,7 +8,7 @@ from tnllm_export.errors import ParityError, RuntimeTargetError
 
 SCHEMA_VERSION = 1
 
-Program = Literal["prefill", "decode"]
+Program = Literal["prefill", "decode", "generate"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Row:
 
     Attributes:
         program: "prefill": a whole prompt and the choice of its first token. "decode": one token for each sequence, and
-            the choice of the next.
+            the choice of the next, each waited for. "generate": the same as a reader of `Generator.stream` gets it.
         batch: Sequences.
-        tokens: Of each prompt; for decode, those before the decoded ones.
+        tokens: Of each prompt; otherwise those before the decoded ones.
         fed: Tokens that were really fed before decoding; fewer than `tokens` where those would have taken too long.
-            The decoded ones have the positions from `tokens` on all the same.
-        times: Of one call; None where nothing could be measured.
+            The decoded ones have the positions from `tokens` on all the same, but for those of "generate".
+        times: Of one call, or between two tokens of a generation; None where nothing could be measured.
         bytes: Least that one call has to move: weights once, the state in and out.
         flops: Of the matrix products of one call.
         floor: Seconds that bytes and FLOPs take at the measured ceilings, whichever is longer.

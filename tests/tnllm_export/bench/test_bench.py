@@ -56,6 +56,8 @@ def test_every_case_is_measured_on_each_runtime_that_runs(report):
             ("decode", 1, 100),
             ("decode", 1, 5000),
             ("decode", 3, 5),
+            ("generate", 1, 5),
+            ("generate", 3, 5),
         ]
         for row in result.rows:
             assert row.note == ""

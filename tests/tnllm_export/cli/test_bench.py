@@ -21,7 +21,7 @@ def test_it_gives_one_json_document_and_times_all_that_run_here(tnllm, text_bund
     assert result.stderr == ""
     results = {item["runtime"]: item for item in json.loads(result.stdout)["results"]}
     for name in ("torch", "onnxruntime"):
-        assert [row["note"] for row in results[name]["rows"]] == [""] * 4
+        assert [row["note"] for row in results[name]["rows"]] == [""] * 6
 
 
 def test_a_runtime_that_differs_is_in_the_report_and_in_the_exit_code(tnllm, text_bundle, monkeypatch):
