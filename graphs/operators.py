@@ -115,7 +115,9 @@ def _silu(op: Builder, result: TracedTensor, x: ir.Value) -> ir.Value:
     1 - 1 / (1 + exp(x)), which it takes for x < 0, keeps few of bfloat16's 8 bits.
     """
     wide = op.cast(x, ir.DataType.FLOAT)
-    return op.cast(op("Mul", wide, op("Sigmoid", wide)), from_torch_dtype(result.dtype))
+    product = op("Mul", wide, op("Sigmoid", wide))
+    product.dtype = ir.DataType.FLOAT
+    return op.cast(product, from_torch_dtype(result.dtype))
 
 
 def _size(op: Builder, result: TracedTensor, x: ir.Value, dim: int) -> ir.Value:

@@ -55,7 +55,7 @@ def description(model):
     return nodes, external, ports, dict(model.opset_imports), set(model.functions)
 
 
-@pytest.mark.parametrize("lowering", ["plugin", "matmul"])
+@pytest.mark.parametrize("lowering", ["plugin", "matmul", "hybrid"])
 def test_the_released_form_unrolls_to_what_tracing_every_layer_gives(lowering):
     config = make_config([1, 0, 0, 0, 0])
     layout = plan_weights(TensorSpec(name, "float32", shape) for name, shape in expected_tensors(config).items())
