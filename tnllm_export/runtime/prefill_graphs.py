@@ -59,16 +59,14 @@ class PrefillGraphs:
         self._capture: Capture | None = capture or CudaCapture(
             self._device, warm_ups=1, reserve=activation_bytes(model.config, MOST_TOKENS, weight.dtype)
         )
+        self._most_rows = MOST_STATE_BYTES // _state_bytes(model.config, model.state_dtype)
         self._graphs: OrderedDict[tuple[int, int, Choice], PrefillGraph] = OrderedDict()
         self._states: dict[int, States] = {}
 
     def take(self, batch: int, tokens: int) -> bool:
         """Whether a prompt of this size is short enough."""
         rows = graph_batch(batch)
-        return (
-            rows * graph_tokens(tokens) <= MOST_TOKENS
-            and rows * _state_bytes(self._model.config, self._model.state_dtype) <= MOST_STATE_BYTES
-        )
+        return rows <= self._most_rows and rows * graph_tokens(tokens) <= MOST_TOKENS
 
     def prefill(
         self, input_ids: Tensor, lengths: Tensor, positions: Tensor, past: StateHandle
@@ -173,7 +171,7 @@ class PrefillGraph:
             self._inputs[: B * size].view(B, size)[:rows, :T] = input_ids
             for place, numbers in enumerate((positions, lengths)):
                 self._inputs[B * (size + place) :][:rows] = numbers
-        torch._foreach_copy_([own[:rows] for own in self._states.past], list(past.tensors))
+        torch._foreach_copy_(_rows(self._states.past, rows), list(past.tensors))
 
     def run(self, rows: int) -> tuple[Tensor, list[Tensor]]:
         """Read what was sent; return logits [rows, vocab] and the new state, in memory of their own."""
@@ -182,8 +180,8 @@ class PrefillGraph:
         else:
             self._captured.replay()
             logits = self._captured.logits[:rows].clone()
-        written = [own[:rows] for own in self._states.present]
-        present = [torch.empty_like(own) for own in written]
+        written = _rows(self._states.present, rows)
+        present = [torch.empty_like(tensor) for tensor in written]
         torch._foreach_copy_(present, written)
         return logits, present
 
@@ -204,6 +202,11 @@ def activation_bytes(config: TransnormerConfig, tokens: int, dtype: torch.dtype)
     keys = max(map(config.key_dim, range(config.decoder_layers))) * config.decoder_attention_heads
     mixer, channel = 4 * d + 2 * keys + 2 * d, 3 * config.glu_dim
     return tokens * (2 * d + max(mixer, channel)) * dtype.itemsize * 9 // 8
+
+
+def _rows(tensors: list[Tensor], rows: int) -> list[Tensor]:
+    """The first rows of each; slicing takes the host some time."""
+    return tensors if len(tensors[0]) == rows else [tensor[:rows] for tensor in tensors]
 
 
 def _state_bytes(config: TransnormerConfig, dtype: torch.dtype) -> int:
