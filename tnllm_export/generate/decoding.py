@@ -48,8 +48,11 @@ class Decoding:
 
     def keep(self, places: Sequence[int]) -> None:
         """Go on with some rows only: ended sequences cost nothing more."""
-        host = self._runtime.host_state(self.state)
-        self.state = self._runtime.device_state([tensor[places] for tensor in host])
+        self.state = self._runtime.device_state(self.host_state(places))
+
+    def host_state(self, places: Sequence[int]) -> list[Tensor]:
+        """Copy the state of some rows to the host: one [rows, H, K, V] per layer."""
+        return [tensor[places] for tensor in self._runtime.host_state(self.state)]
 
 
 class DecodingAhead(Decoding):
@@ -101,7 +104,11 @@ class DecodingAhead(Decoding):
             tokens, best = self._step.wait()
             self._read = [tokens[place] for place in places], [best[place] for place in places]
             self._step = None
-        super().keep(places)
+        self.state = self._ahead.select(self.state, places)
+
+    def host_state(self, places: Sequence[int]) -> list[Tensor]:
+        """Copy the state of some rows, and of no others, to the host."""
+        return self._ahead.host_state(self._ahead.select(self.state, places))
 
     def _first(self, rows: Sequence[RunningSequence]) -> "_Step":
         """Start a step on tokens that the host knows."""

@@ -136,12 +136,14 @@ class Generator:
         steps = make_decoding(self.runtime, state, keep_logits=keep_sessions)
         events = [(place, event) for place, row in enumerate(rows) if (event := row.start())]
         while True:
-            wants_state = keep_sessions and any(event.finish_reason for _, event in events)
-            host = self.runtime.host_state(steps.state) if wants_state else None
+            ended = [place for place, event in events if event.finish_reason is not None]
+            states = steps.host_state(ended) if keep_sessions and ended else None
             for place, event in events:
                 if event.finish_reason is not None:
                     row = rows[place]
-                    session = None if host is None else row.session(host, place, steps.logits(place))
+                    session = None
+                    if states is not None:
+                        session = row.session(states, ended.index(place), steps.logits(place))
                     whole = row.generation(event.finish_reason, reading.seconds, decoding.seconds, session)
                     event = replace(event, generation=whole)  # noqa: PLW2901
                 # While a step is under way, a reader's time is also that in which the next token is made.

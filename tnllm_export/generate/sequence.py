@@ -166,8 +166,8 @@ class RunningSequence:
         """Put the sequence aside.
 
         Args:
-            state: The batch's.
-            row: The sequence's place in it.
+            state: Of some sequences, one [rows, H, K, V] per layer.
+            row: This one's place among them.
             behind: Logits [vocab] behind its last token, where that is in the state already and the next one is drawn.
         """
         logits = self.logits if behind is None else behind

@@ -1,5 +1,6 @@
 """Steps that a device runs while the host goes on: what they give, and what a runtime offers that makes them."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -70,3 +71,6 @@ class RunsAhead(Runtime, Protocol):
         Raises:
             StateError: `positions` is None, and the state does not come from `decode_ahead`.
         """
+
+    def select(self, state: State, places: Sequence[int]) -> State:
+        """Copy the sequences at these places into a new state, without a way over the host. Raises StateError."""

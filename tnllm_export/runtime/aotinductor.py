@@ -8,7 +8,7 @@ place and runs as a CUDA graph.
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -25,7 +25,7 @@ from tnllm_export.runtime.aotinductor_constants import bundle_name, check_consta
 from tnllm_export.runtime.decode_graphs import DecodeGraphs, GraphState
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
 from tnllm_export.runtime.protocol import RuntimeInfo, State
-from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors
+from tnllm_export.runtime.state import check_batch, check_handle, check_places, check_state_tensors
 from tnllm_export.runtime.support import check_supported, weights_id
 from tnllm_export.runtime.validation import check_decode, check_decode_ahead, check_prefill
 
@@ -131,6 +131,15 @@ class AotInductorRuntime:
         handle = cast(GraphState, check_handle(self, state, None if input_ids is None else len(input_ids)))
         assert self._graphs is not None
         return self._graphs.decode_ahead(input_ids, positions, handle)
+
+    @torch.inference_mode()
+    def select(self, state: State, places: Sequence[int]) -> State:
+        """Copy some sequences of a state on its device; see `RunsAhead.select`."""
+        tensors = check_handle(self, state, None).tensors
+        check_places(places, tensors[0].shape[0])
+        with reporting_out_of_memory(self._device, "a state", "let go of states that are not needed any more"):
+            index = torch.tensor(places, device=self._device)
+            return GraphState(self, [tensor.index_select(0, index) for tensor in tensors])
 
     def host_state(self, state: State) -> list[Tensor]:
         """Copy a state to the host: one [B, H, K, V] float32 per layer."""

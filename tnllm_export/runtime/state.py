@@ -71,5 +71,11 @@ def check_batch(batch: int) -> None:
         raise StateError(f"batch is {batch}; expected at least 1 sequence")
 
 
+def check_places(places: Sequence[int], batch: int) -> None:
+    """Raise StateError unless `places` are some of `batch` sequences."""
+    if not places or min(places) < 0 or max(places) >= batch:
+        raise StateError(f"places are {list(places)}; expected at least one, each of 0 … {batch - 1}")
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

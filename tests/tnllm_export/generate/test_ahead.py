@@ -204,6 +204,17 @@ def test_logits_that_are_not_finite_end_generation_with_an_error(
         assert len(told) == 2 * 4
 
 
+def test_rows_that_end_take_no_way_over_the_host(ahead: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a state of the whole batch")
+
+    rows = [replace(GREEDY, max_new_tokens=count) for count in (3, 9, 20)]
+    expected = made(ahead.generate(PROMPTS, rows))
+    monkeypatch.setattr(ahead.runtime, "host_state", refuse)
+    monkeypatch.setattr(ahead.runtime, "device_state", refuse)
+    assert made(ahead.generate(PROMPTS, rows)) == expected
+
+
 def test_a_readers_time_counts_while_a_step_is_under_way(ahead: Generator, in_turns: Generator) -> None:
     for generator, counted in ((ahead, True), (in_turns, False)):
         events = []

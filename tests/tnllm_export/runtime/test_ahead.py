@@ -140,6 +140,23 @@ def test_logits_that_are_not_finite_are_told_with_a_token_of_the_vocabulary(mode
     assert all(math.isnan(number) for number in best)
 
 
+@pytest.mark.parametrize("lives", [False, True])
+def test_some_sequences_of_a_state_are_copied_and_the_whole_goes_on(runtime: TorchRuntime, lives: bool) -> None:
+    state = some_state(runtime, 3)
+    if lives:
+        _, state = runtime.decode_ahead(*first(3), state)
+    before = runtime.host_state(state)
+    some = runtime.select(state, [2, 0])
+    ids, positions = first(2)
+    runtime.decode(ids, positions, runtime.select(state, [2, 0]))
+    for one, other, whole in zip(runtime.host_state(some), runtime.host_state(state), before, strict=True):
+        assert torch.equal(one, whole[[2, 0]])
+        assert torch.equal(other, whole)
+    for places in ([], [3], [0, -1]):
+        with pytest.raises(StateError, match=r"expected at least one, each of 0 … 2"):
+            runtime.select(state, places)
+
+
 def test_what_cannot_run_ahead_is_refused_and_the_state_stays(runtime: TorchRuntime, eager: TorchRuntime) -> None:
     state = some_state(runtime, 2)
     ids, positions = first(2)
