@@ -47,6 +47,7 @@ from benchmarks.inference_plan import (
 )
 from benchmarks.names import COMPILED, DEVICE_ONLY, HOST, INFERENCE, OURS, PYTORCH, UNCAPTURED
 from benchmarks.records import Record, gpu_versions
+from tnllm_export.bench.gate import agrees_ahead
 from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.progress import Progress, silent
@@ -128,6 +129,8 @@ def decode_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Ite
         runtime = TorchRuntime(model, capture=plan.capture or "auto")
         ours = loop_milliseconds(runtime_step(runtime, runtime.initial_state(batch)), batch, plan.contexts[0])
         yield from _token_records(size, batch, HOST, ours, floor, {})
+        if not agrees_ahead(runtime, batch):
+            raise ArithmeticError(f"{_case(size, batch, GENERATION)}: steps ahead choose other tokens than calls")
         generated = generation_milliseconds(runtime, batch, plan.generated)
         yield from _token_records(size, batch, GENERATION, generated, floor, {})
         replayed = graph_milliseconds(model, batch, plan)

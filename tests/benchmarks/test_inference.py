@@ -89,6 +89,14 @@ def test_a_batch_that_is_wrong_is_not_timed(monkeypatch):
     assert stopped.value.value == (1,)
 
 
+def test_a_generation_whose_tokens_are_wrong_is_not_timed(monkeypatch):
+    honest = torch.max
+    monkeypatch.setattr(torch, "max", lambda logits, *arguments, **named: honest(-logits, *arguments, **named))
+    model = inference_models.random_model(SMALL.config, torch.bfloat16, "cpu")
+    with torch.no_grad(), pytest.raises(ArithmeticError, match=r"tiny \| decode, B 1, generation: steps ahead"):
+        list(inference.decode_records(SMALL, model, TINY))
+
+
 def test_without_time_the_parts_are_left_out():
     found = [record for record in inference.run(plan=replace(TINY, limit_s=-1)) if record.name == names.INFERENCE]
     assert len(found) == 4

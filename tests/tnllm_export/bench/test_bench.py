@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tnllm_export.demo
+from tests.tnllm_export.runtime.fake_graphs import captured_on_the_cpu
 from tnllm_export import api
 from tnllm_export.bench import BenchOptions, bench_bundle, ceilings
 from tnllm_export.bench.ceilings import measure_ceilings
@@ -28,7 +29,7 @@ from tnllm_export.errors import (
 )
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.progress import silent
-from tnllm_export.runtime import load_runtime
+from tnllm_export.runtime import TorchRuntime, load_runtime
 
 CPU = torch.device("cpu")
 SHIPPED = Path(tnllm_export.demo.__file__).parent / "checkpoint"
@@ -112,6 +113,17 @@ def test_nothing_is_timed_that_differs_from_the_eager_model(text_bundle, monkeyp
     with pytest.raises(ParityError) as caught:
         report.require_results()
     assert one_line(caught).startswith("onnxruntime: onnxruntime (float32, lowering contrib) differs")
+
+
+def test_nothing_is_timed_that_chooses_other_tokens_ahead(text_bundle, monkeypatch):
+    truth = compute_truth(text_bundle, CPU, silent)
+    model = load_runtime(text_bundle, "torch").model
+    assert check_parity(text_bundle, TorchRuntime(model, capture=captured_on_the_cpu), None, truth, silent).passed
+    honest = torch.max
+    monkeypatch.setattr(torch, "max", lambda logits, *arguments, **named: honest(-logits, *arguments, **named))
+    found = check_parity(text_bundle, TorchRuntime(model, capture=captured_on_the_cpu), None, truth, silent)
+    assert not found.passed
+    assert found.reason == "torch: steps ahead choose other tokens than calls"
 
 
 def test_half_precision_is_checked_beside_float32(text_checkpoint, tmp_path):
