@@ -31,7 +31,8 @@ class Generation:
         text: The new text, without the end token and up to the stop string; "" without a tokenizer.
         finish_reason: "eos", "stop", or "length" for `max_new_tokens`.
         prefill_seconds: Time in which the prompts of the batch were read.
-        decode_seconds: Time in which the new tokens were made; what a reader of the stream takes is not in it.
+        decode_seconds: Time in which the new tokens were made. What a reader of the stream takes is in it only where
+            the runtime runs ahead: it makes the next token meanwhile.
         session: To continue from, where sessions were asked for.
     """
 

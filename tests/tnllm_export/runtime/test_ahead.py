@@ -1,21 +1,39 @@
 """Steps started before the host has seen the token they feed answer as steps in turns, whatever comes between them."""
 
+import copy
 import math
+from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.tnllm_export.runtime.fake_graphs import captured_on_the_cpu
+from tnllm_export.bundle import Bundle
 from tnllm_export.errors import DeviceMemoryError, PromptError, RequestError, StateError
 from tnllm_export.models.modeling import TransnormerForCausalLM
-from tnllm_export.runtime import State, TorchRuntime
+from tnllm_export.runtime import Runtime, State, TorchRuntime, load_runtime
+from tnllm_export.runtime.ahead import RunsAhead
 from tnllm_export.runtime.decode_graphs import MOST_GRAPHS
 
+Packaged = Callable[[str], Bundle]
 
-@pytest.fixture
-def runtime(model: TransnormerForCausalLM) -> TorchRuntime:
-    return TorchRuntime(model, capture=captured_on_the_cpu)
+
+@pytest.fixture(
+    params=[
+        "captured",
+        pytest.param("torch-cuda", marks=pytest.mark.gpu),
+        pytest.param("aotinductor-cuda", marks=pytest.mark.gpu),
+    ]
+)
+def runtime(request: pytest.FixtureRequest, model: TransnormerForCausalLM) -> RunsAhead:
+    if request.param == "captured":
+        return TorchRuntime(model, capture=captured_on_the_cpu)
+    if request.param == "torch-cuda":
+        return TorchRuntime(copy.deepcopy(model).to("cuda"))
+    packaged: Packaged = request.getfixturevalue("packaged")
+    return cast(RunsAhead, load_runtime(packaged("cuda"), "aotinductor", device="cuda"))
 
 
 @pytest.fixture
@@ -23,7 +41,7 @@ def eager(model: TransnormerForCausalLM) -> TorchRuntime:
     return TorchRuntime(model)
 
 
-def some_state(runtime: TorchRuntime, batch: int, seed: int = 0) -> State:
+def some_state(runtime: Runtime, batch: int, seed: int = 0) -> State:
     generator = torch.Generator().manual_seed(seed)
     zero = runtime.host_state(runtime.initial_state(batch))
     return runtime.device_state([torch.randn(tensor.shape, generator=generator) for tensor in zero])
@@ -34,7 +52,7 @@ def first(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randint(97, (batch, 1), generator=generator), torch.arange(batch) + 5 + seed
 
 
-def in_turns(runtime: TorchRuntime, batch: int, steps: int, seed: int = 0) -> tuple[list[list[int]], list[Tensor]]:
+def in_turns(runtime: Runtime, batch: int, steps: int, seed: int = 0) -> tuple[list[list[int]], list[Tensor]]:
     """Greedy tokens of each step, and the state behind them."""
     state = some_state(runtime, batch, seed)
     ids, positions = first(batch, seed)
@@ -49,11 +67,12 @@ def in_turns(runtime: TorchRuntime, batch: int, steps: int, seed: int = 0) -> tu
 def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
     """A padded batch adds the same float32 products in another order."""
     for one, other in zip(found, expected, strict=True):
+        one, other = one.cpu(), other.cpu()  # noqa: PLW2901
         assert (one - other).norm() < 5e-6 * other.norm()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 9])
-def test_tokens_and_states_are_those_of_steps_in_turns(runtime: TorchRuntime, eager: TorchRuntime, batch: int) -> None:
+def test_tokens_and_states_are_those_of_steps_in_turns(runtime: RunsAhead, eager: TorchRuntime, batch: int) -> None:
     step, state = runtime.decode_ahead(*first(batch), some_state(runtime, batch))
     steps = [step]
     for _ in range(6):
@@ -66,7 +85,7 @@ def test_tokens_and_states_are_those_of_steps_in_turns(runtime: TorchRuntime, ea
     assert steps[-1].wait() == (index.tolist(), best.tolist())
 
 
-def test_tokens_chosen_from_logits_are_fed_behind_the_step_before(runtime: TorchRuntime, eager: TorchRuntime) -> None:
+def test_tokens_chosen_from_logits_are_fed_behind_the_step_before(runtime: RunsAhead, eager: TorchRuntime) -> None:
     ids, positions = first(2)
     work, state = runtime.decode_ahead(ids, positions, some_state(runtime, 2))
     expected, other = eager.decode(ids, positions, some_state(eager, 2))
@@ -78,7 +97,7 @@ def test_tokens_chosen_from_logits_are_fed_behind_the_step_before(runtime: Torch
     assert_close(runtime.host_state(state), eager.host_state(other))
 
 
-def test_states_in_turns_keep_their_next_tokens(runtime: TorchRuntime, eager: TorchRuntime) -> None:
+def test_states_in_turns_keep_their_next_tokens(runtime: RunsAhead, eager: TorchRuntime) -> None:
     seeds = (0, 1)
     steps = [runtime.decode_ahead(*first(2, seed), some_state(runtime, 2, seed)) for seed in seeds]
     tokens = [[steps[seed][0].wait()[0]] for seed in seeds]
@@ -92,7 +111,7 @@ def test_states_in_turns_keep_their_next_tokens(runtime: TorchRuntime, eager: To
         assert_close(runtime.host_state(steps[seed][1]), state)
 
 
-def test_a_state_goes_on_ahead_after_its_graph_is_gone(runtime: TorchRuntime, eager: TorchRuntime) -> None:
+def test_a_state_goes_on_ahead_after_its_graph_is_gone(runtime: RunsAhead, eager: TorchRuntime) -> None:
     work, state = runtime.decode_ahead(*first(1), some_state(runtime, 1))
     for batch in (2, 4, 8, 16, 24)[:MOST_GRAPHS]:
         runtime.decode(*first(batch), some_state(runtime, batch))
@@ -102,7 +121,7 @@ def test_a_state_goes_on_ahead_after_its_graph_is_gone(runtime: TorchRuntime, ea
     assert_close(runtime.host_state(state), expected)
 
 
-def test_steps_ahead_and_in_turns_mix(runtime: TorchRuntime, eager: TorchRuntime) -> None:
+def test_steps_ahead_and_in_turns_mix(runtime: RunsAhead, eager: TorchRuntime) -> None:
     ids, positions = first(3)
     state = some_state(runtime, 3)
     found = []
@@ -120,20 +139,20 @@ def test_steps_ahead_and_in_turns_mix(runtime: TorchRuntime, eager: TorchRuntime
     assert_close(runtime.host_state(state), behind)
 
 
-def test_tokens_that_nobody_has_seen_are_moved_into_the_vocabulary(runtime: TorchRuntime) -> None:
+def test_tokens_that_nobody_has_seen_are_moved_into_the_vocabulary(runtime: RunsAhead) -> None:
     logits = []
     for outside, inside in ((-5, 0), (97, 96)):
         for token in (outside, inside):
             _, state = runtime.decode_ahead(*first(1), some_state(runtime, 1))
-            work, _ = runtime.decode_ahead(torch.tensor([[token]]), None, state)
+            unseen = torch.tensor([[token]], device=runtime.info.device)
+            work, _ = runtime.decode_ahead(unseen, None, state)
             logits.append(work.logits.clone())
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[2], logits[3])
     assert not torch.equal(logits[0], logits[2])
 
 
-def test_logits_that_are_not_finite_are_told_with_a_token_of_the_vocabulary(model: TransnormerForCausalLM) -> None:
-    runtime = TorchRuntime(model, capture=captured_on_the_cpu)
+def test_logits_that_are_not_finite_are_told_with_a_token_of_the_vocabulary(runtime: RunsAhead) -> None:
     state = runtime.device_state([torch.full_like(x, torch.nan) for x in runtime.host_state(runtime.initial_state(2))])
     tokens, best = runtime.decode_ahead(*first(2), state)[0].wait()
     assert all(0 <= token < 97 for token in tokens)
@@ -141,7 +160,7 @@ def test_logits_that_are_not_finite_are_told_with_a_token_of_the_vocabulary(mode
 
 
 @pytest.mark.parametrize("lives", [False, True])
-def test_some_sequences_of_a_state_are_copied_and_the_whole_goes_on(runtime: TorchRuntime, lives: bool) -> None:
+def test_some_sequences_of_a_state_are_copied_and_the_whole_goes_on(runtime: RunsAhead, lives: bool) -> None:
     state = some_state(runtime, 3)
     if lives:
         _, state = runtime.decode_ahead(*first(3), state)
@@ -157,7 +176,7 @@ def test_some_sequences_of_a_state_are_copied_and_the_whole_goes_on(runtime: Tor
             runtime.select(state, places)
 
 
-def test_what_cannot_run_ahead_is_refused_and_the_state_stays(runtime: TorchRuntime, eager: TorchRuntime) -> None:
+def test_what_cannot_run_ahead_is_refused_and_the_state_stays(runtime: RunsAhead, eager: TorchRuntime) -> None:
     state = some_state(runtime, 2)
     ids, positions = first(2)
     with pytest.raises(StateError, match="state has no step under way that chose its next token"):
@@ -179,7 +198,7 @@ def test_what_cannot_run_ahead_is_refused_and_the_state_stays(runtime: TorchRunt
 
 
 def test_memory_that_ends_at_the_second_capture_leaves_the_state_that_lives_there(
-    runtime: TorchRuntime, eager: TorchRuntime, monkeypatch: pytest.MonkeyPatch
+    runtime: RunsAhead, eager: TorchRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 * 2**30))
     ids, positions = first(2)
