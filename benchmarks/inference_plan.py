@@ -78,7 +78,7 @@ class Plan:
     parity_tokens: tuple[int, int] = (512, 32)
     batches: tuple[int, ...] = (1, 32)
     contexts: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
-    generated: int = 256
+    generated: int = 128
     piece: int = 8192
     prompts: tuple[int, ...] = (64, 512, 2048, 8192, 32768)
     device: str = DEVICE
