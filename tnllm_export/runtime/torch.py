@@ -55,6 +55,8 @@ class TorchRuntime:
         weight = model.lm_head.weight
         self._model = model
         self._device = weight.device
+        config = model.config
+        self._state_shapes = [config.state_shape(layer, 1)[1:] for layer in range(config.decoder_layers)]
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         if capture is not None and (capture != "auto" or weight.device.type == "cuda"):
@@ -111,8 +113,11 @@ class TorchRuntime:
     def initial_state(self, batch: int) -> State:
         """Return the all-zero state of `batch` sequences."""
         check_batch(batch)
+        dtype = self._model.state_dtype
         with reporting_out_of_memory(self._device, f"a state of {batch} sequences", "take fewer at once"):
-            return GraphState(self, self._model.initial_state(batch))
+            zeros = [torch.empty((batch, *shape), dtype=dtype, device=self._device) for shape in self._state_shapes]
+            torch._foreach_zero_(zeros)  # a kernel or two, where each layer's own would take the host longer
+            return GraphState(self, zeros)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, lengths: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
