@@ -114,7 +114,8 @@ def _chunk_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Var
             "chunk": tile.chunk,
             "handover": handover,
             "programs_per_processor": tile.programs_per_processor,
-            "warps": tile.warps,
+            "warps": tile.warps + tile.further_warps,
+            "compiled_warps": tile.warps,
             "stages": tile.stages,
             "state_stages": tile.state_stages,
             "kernel": tile.kernel,
@@ -135,6 +136,7 @@ def _step_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Vari
             "handover": "none",
             "programs_per_processor": 1,
             "warps": tile_of_block(block).warps,
+            "compiled_warps": tile_of_block(block).warps,
         }
 
 
@@ -197,7 +199,8 @@ def _compile(process: "subprocess.Popen[str]", variant: Variant) -> CompiledKern
             f"{name}: found {answer['shared_bytes']} bytes of shared memory, expected at most {limit}; "
             "use a smaller tile in sweep_plan.py"
         )
-    fields = {name: value for name, value in variant.items() if name not in ("stages", "state_stages", "kernel")}
+    internal = ("compiled_warps", "stages", "state_stages", "kernel")
+    fields = {name: value for name, value in variant.items() if name not in internal}
     return CompiledKernel(
         **fields,
         entry=answer["entry"],

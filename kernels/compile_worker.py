@@ -40,7 +40,7 @@ def compile_variant(variant: dict[str, Any]) -> dict[str, Any]:
         kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes
     )
     target = GPUTarget("cuda", variant["compute_capability"], 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": variant["warps"]})
+    compiled = triton.compile(source, target=target, options={"num_warps": variant["compiled_warps"]})
     metadata = compiled.metadata
     # Triton's own two come last.
     arguments = [name.removeprefix("p_") for name in signature if signature[name] != "constexpr"]

@@ -28,6 +28,8 @@ class SweepTile:
     programs_per_processor: int
     """Programs that a multiprocessor holds at once: by it, segments are counted."""
     kernel: Kernel = "portable"
+    further_warps: int = 0
+    """Warps that the kernel adds for other work."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class SweepPlan:
     segments: int
 
 
-SHORT_CALL = 32
+SHORT_CALL = 16
 """Up to so many chunks, walking the tokens before a segment again takes less time than waiting for their state."""
 
 RECOMPUTE_SEGMENTS = 4
@@ -48,7 +50,14 @@ LONG_SEGMENT = 128
 """Chunks from which a segment is rather cut in two: heads that remember long walk twice, and delay the end less."""
 
 HOPPER_TILE = SweepTile(
-    chunk=64, value_block=64, warps=4, stages=2, state_stages=4, programs_per_processor=2, kernel="hopper"
+    chunk=64,
+    value_block=128,
+    warps=4,
+    stages=3,
+    state_stages=3,
+    programs_per_processor=1,
+    kernel="hopper",
+    further_warps=8,
 )
 
 

@@ -192,7 +192,7 @@ def packaged_sweep_kernel(  # noqa: PLR0915
     STATE_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The forward sweep of `sweep.py` over contiguous tensors. Each segment waits for the state of the one before it."""
+    """The forward sweep of `sweep.py` over contiguous tensors; each segment waits for the state of the one before."""
     NV: tl.constexpr = (V + BV - 1) // BV
     heads = tl.num_programs(0)  # B*H*NV
     ticket = tl.atomic_add(p_progress, 1, sem="relaxed")

@@ -67,7 +67,7 @@ def test_the_widest_released_heads_fit_where_memory_is_small_and_where_tensor_co
 
 
 def test_hopper_has_its_own_kernel_for_the_released_head_sizes():
-    table = compile_table((90,), ((64, 64), (80, 64)), ("bfloat16",))
+    table = compile_table((90,), ((64, 128), (80, 128)), ("bfloat16",))
     entries = {(kernel.key_dim, kernel.entry) for kernel in table.kernels if kernel.op == CHUNK}
     assert entries == {(64, "sweep_hopper_kernel"), (80, "sweep_kernel")}
     for kernel in table.kernels:

@@ -1,0 +1,74 @@
+"""What both modules of the Hopper sweep share: sizes, and the arithmetic of `arithmetic.py` and `sweep.py` in Gluon."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# triton 3.7 renamed it.
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
+C = gl.constexpr(64)  # tokens per chunk
+HALF = gl.constexpr(64)  # columns of the state that one group of warps owns
+BV = gl.constexpr(128)  # and that a program owns
+STAGES = gl.constexpr(3)  # chunks whose queries, keys and values have a buffer
+SCORE_STAGES = gl.constexpr(2)  # chunks whose scores have one
+LOG2_E = gl.constexpr(1.4426950408889634)
+SLOW_RATE = gl.constexpr(0.6931471805599453)
+FACTORED_RATE = gl.constexpr(1.0)  # up to it, a chunk's decay and its inverse are far from the ends of float32
+NEGLIGIBLE = gl.constexpr(40.0)  # as in `sweep.py`
+
+# Barriers in shared memory: buffers that are filled or free, by chunk; the same during a walk; what is prepared.
+FULL = gl.constexpr(0)
+EMPTY = gl.constexpr(3)
+WALK_FULL = gl.constexpr(6)
+WALK_EMPTY = gl.constexpr(9)
+SCORED = gl.constexpr(12)
+DECAYED = gl.constexpr(14)
+BARRIERS = gl.constexpr(15)
+
+
+@gluon.jit
+def decayed(state, rate):
+    """As `arithmetic.decayed`."""
+    keep, change = decay_factors(rate)
+    return state * keep + state * change
+
+
+@gluon.jit
+def parts(x, layout: gl.constexpr):
+    """Two bfloat16 tiles in an operand's layout whose sum is x but for 2^-16 of it."""
+    high, low = split(x)
+    return gl.convert_layout(high, layout), gl.convert_layout(low, layout)
+
+
+@gluon.jit
+def split(x):
+    """Two bfloat16 tiles whose sum is x but for 2^-16 of it."""
+    high = (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+    return high.to(gl.bfloat16), (x - high).to(gl.bfloat16)
+
+
+@gluon.jit
+def decay_factors(rate):
+    """As `arithmetic.decay_factors`."""
+    series = -rate * (1.0 - rate * (0.5 - rate * (0.16666667 - rate * (0.041666668 - rate * 0.008333334))))
+    decay = gl.exp2(-rate * LOG2_E)
+    slow = rate < SLOW_RATE
+    change = gl.where(slow, gl.where(rate < 0.1, series, decay - 1.0), decay)
+    return gl.where(slow, 1.0, 0.0), change
+
+
+@gluon.jit
+def tokens(i_segment, segment_chunks, n_chunks, length, REVERSE: gl.constexpr):
+    """As `sweep.segment_tokens`."""
+    if REVERSE:
+        left = n_chunks - i_segment * segment_chunks
+        return gl.minimum(left * C, length) - (left - segment_chunks) * C
+    return segment_chunks * C
+
+
+@gluon.jit
+def chunk_start(i, n_chunks, REVERSE: gl.constexpr):
+    """First token of the i-th chunk on the way."""
+    return ((n_chunks - 1 - i) if REVERSE else i) * C

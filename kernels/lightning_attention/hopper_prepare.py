@@ -1,0 +1,179 @@
+"""The group of warps that prepares for the owners of the state in `sweep_hopper.py`.
+
+It starts all copies, so it is the one that waits for free buffers. Scores it makes one chunk ahead; decayed values,
+which have one buffer, as soon as the chunk before is answered.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
+    DECAYED,
+    EMPTY,
+    FACTORED_RATE,
+    FULL,
+    HALF,
+    LOG2_E,
+    SCORE_STAGES,
+    SCORED,
+    STAGES,
+    WALK_EMPTY,
+    WALK_FULL,
+    C,
+    barrier,
+    chunk_start,
+    split,
+)
+
+
+@gluon.jit
+def prepare(buffers, sequence, way, query, key, value, REVERSE: gl.constexpr):
+    """Bring the chunks of a walk, then what the owners need to answer the queries of a segment."""
+    keys = buffers[0]
+    values = buffers[2]
+    barriers = buffers[8]
+    slope = sequence[0]
+    n_chunks = sequence[1]
+    walk_begin, walk_end, first, end, column = way
+    tensors = (query, key, value)
+    for i in range(walk_begin, walk_end):
+        n = i - walk_begin
+        stage = n % STAGES
+        mbarrier.wait(barriers.index(WALK_EMPTY + stage), ((n // STAGES) & 1) ^ 1)
+        t0 = chunk_start(i, n_chunks, REVERSE)
+        full = barriers.index(WALK_FULL + stage)
+        mbarrier.expect(full, key.block_type.nbytes + value.block_type.nbytes * 2)
+        tma.async_copy_global_to_shared(key, [t0, 0], full, keys.index(stage))
+        tma.async_copy_global_to_shared(value, [t0, column], full, values.index(stage * 2))
+        tma.async_copy_global_to_shared(value, [t0, column + HALF], full, values.index(stage * 2 + 1))
+    for stage in gl.static_range(STAGES):
+        mbarrier.wait(barriers.index(EMPTY + stage), 0)
+        _load(tensors, buffers, first + stage, stage, end, column, n_chunks, REVERSE)
+    if slope <= FACTORED_RATE:
+        _prepare_chunks(tensors, buffers, sequence, first, end, column, REVERSE, True)
+    else:
+        _prepare_chunks(tensors, buffers, sequence, first, end, column, REVERSE, False)
+
+
+@gluon.jit
+def _prepare_chunks(tensors, buffers, sequence, first, end, column, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
+    barriers = buffers[8]
+    n_chunks = sequence[1]
+    if first < end:
+        scores = _start_scores(buffers, 0)
+        _store_scores(scores, buffers, sequence, first, 0, REVERSE, FACTORED)
+    for i in range(first + 1, end):
+        n = i - first
+        scores = _start_scores(buffers, n)
+        if n > 1:
+            # The chunk before the last is answered, and its buffers are free.
+            free = (n - 2) % STAGES
+            mbarrier.wait(barriers.index(EMPTY + free), ((n - 2) // STAGES + 1) & 1)
+            _load(tensors, buffers, i + 1, free, end, column, n_chunks, REVERSE)
+        _store_values(buffers, sequence, i - 1, n - 1, REVERSE)
+        _store_scores(scores, buffers, sequence, i, n, REVERSE, FACTORED)
+    if first < end:
+        n = end - first
+        if n > 1:
+            mbarrier.wait(barriers.index(EMPTY + (n - 2) % STAGES), ((n - 2) // STAGES + 1) & 1)
+        _store_values(buffers, sequence, end - 1, n - 1, REVERSE)
+
+
+@gluon.jit
+def _start_scores(buffers, n):
+    """Wait for the n-th chunk and start the product of its keys and queries, [C, C]."""
+    keys = buffers[0]
+    queries = buffers[1]
+    barriers = buffers[8]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    stage = n % STAGES
+    mbarrier.wait(barriers.index(FULL + stage), (n // STAGES) & 1)
+    empty = gl.zeros([C, C], gl.float32, layout)
+    q = queries.index(stage).permute((1, 0))
+    return warpgroup_mma(keys.index(stage), q, empty, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
+    """Wait for the scores of chunk i, the n-th here; scale, mask and publish them in two parts."""
+    scores_high = buffers[5]
+    scores_low = buffers[6]
+    barriers = buffers[8]
+    slope, n_chunks, length = sequence
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    key_row = gl.arange(0, C, layout=gl.SliceLayout(1, layout)).to(gl.float32)
+    query_row = gl.arange(0, C, layout=gl.SliceLayout(0, layout)).to(gl.float32)
+    count = gl.minimum(length - chunk_start(i, n_chunks, REVERSE), C)
+    rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
+    # [C, C]: rows are keys, columns queries. Exponents of d.
+    if REVERSE:
+        seen = key_row[:, None] >= query_row[None, :]
+        key_exponent = rate * (count - 1 - key_row)
+        query_exponent = rate * (count - 1 - query_row)
+    else:
+        seen = query_row[None, :] >= key_row[:, None]
+        key_exponent = rate * (key_row + 1)
+        query_exponent = rate * (query_row + 1)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    if FACTORED:
+        scores = gl.where(seen, scores * gl.exp2(-key_exponent)[:, None], 0.0)
+    else:
+        scores = scores * gl.where(seen, gl.exp2(query_exponent[None, :] - key_exponent[:, None]), 0.0)
+    high, low = split(scores)
+    stage = n % SCORE_STAGES
+    scores_high.index(stage).store(high)
+    scores_low.index(stage).store(low)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(barriers.index(SCORED + stage), count=1)
+
+
+@gluon.jit
+def _store_values(buffers, sequence, i, n, REVERSE: gl.constexpr):
+    """Publish the values of chunk i, the n-th here, decayed until the chunk's end, in two parts."""
+    values = buffers[2]
+    decayed_high = buffers[3]
+    decayed_low = buffers[4]
+    barriers = buffers[8]
+    slope, n_chunks, length = sequence
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, C, layout=gl.SliceLayout(1, layout)).to(gl.float32)
+    count = gl.minimum(length - chunk_start(i, n_chunks, REVERSE), C)
+    rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
+    exponent = rate * row
+    exponent = exponent + rate if REVERSE else gl.minimum(rate * (count - 1) - exponent, 0.0)
+    decay = gl.exp2(exponent)[:, None]
+    for half in gl.static_range(2):
+        v = values.index(n % STAGES * 2 + half).load(layout).to(gl.float32)
+        high, low = split(v * decay)
+        decayed_high.index(half).store(high)
+        decayed_low.index(half).store(low)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(barriers.index(DECAYED), count=1)
+
+
+@gluon.jit
+def _load(tensors, buffers, i, stage, end, column, n_chunks, REVERSE: gl.constexpr):
+    """Start to copy chunk i, if there is one, into the buffers of a stage."""
+    query, key, value = tensors
+    keys = buffers[0]
+    queries = buffers[1]
+    values = buffers[2]
+    wanted = i < end
+    t0 = chunk_start(i, n_chunks, REVERSE)
+    full = buffers[8].index(FULL + stage)
+    mbarrier.expect(full, key.block_type.nbytes * 2 + value.block_type.nbytes * 2, pred=wanted)
+    tma.async_copy_global_to_shared(key, [t0, 0], full, keys.index(stage), pred=wanted)
+    tma.async_copy_global_to_shared(query, [t0, 0], full, queries.index(stage), pred=wanted)
+    tma.async_copy_global_to_shared(value, [t0, column], full, values.index(stage * 2), pred=wanted)
+    tma.async_copy_global_to_shared(value, [t0, column + HALF], full, values.index(stage * 2 + 1), pred=wanted)
