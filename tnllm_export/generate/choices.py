@@ -1,4 +1,4 @@
-"""The choice of a batch's tokens on the device that computes the logits, without waiting for it."""
+"""The choice of a batch's tokens on the device that has the logits, without waiting for it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,14 +32,18 @@ class Chooser:
 
     def choose(self, logits: Tensor) -> Tensor:
         """Return the next tokens [B] int64 for logits [B, vocab]; each row that is not greedy draws one number."""
-        drawn = [0.0 if (number := row.draw()) is None else number for row in self._rows]
-        host = torch.tensor(drawn, dtype=torch.float64, pin_memory=self._device.type == "cuda")
-        uniforms = host.to(self._device, non_blocking=True)
+        numbers = [row.draw() for row in self._rows]
+        uniforms = None
+        if any(number is not None for number in numbers):
+            drawn = [0.0 if number is None else number for number in numbers]
+            host = torch.tensor(drawn, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+            uniforms = host.to(self._device, non_blocking=True)
         if len(self._groups) == 1:
             return self._groups[0].choose(logits, uniforms)
         tokens = torch.empty(len(logits), dtype=torch.int64, device=self._device)
         for group in self._groups:
-            tokens[group.places] = group.choose(logits[group.places], uniforms[group.places])
+            own = None if uniforms is None else uniforms[group.places]
+            tokens[group.places] = group.choose(logits[group.places], own)
         return tokens
 
 
@@ -54,7 +58,7 @@ class _Group:
         seen = [row.seen for place in places if (row := rows[place]).seen is not None]
         self._seen = torch.stack([one for one in seen if one is not None]).to(device) if seen else None
 
-    def choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, uniforms: Tensor | None) -> Tensor:
         tokens = choose(logits, self._params, self._seen, uniforms if self._params.temperature > 0 else None)
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], value=True)

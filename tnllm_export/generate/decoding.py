@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tnllm_export.errors import RuntimeTargetError
 from tnllm_export.generate.choices import Chooser
-from tnllm_export.generate.sampling import choose_tokens
 from tnllm_export.generate.sequence import RunningSequence
 from tnllm_export.runtime import Runtime, RuntimeInfo, State
 from tnllm_export.runtime.ahead import HostCopy, RunsAhead, Underway
@@ -35,12 +34,14 @@ class Decoding:
     def __init__(self, runtime: Runtime, state: State) -> None:
         self.state = state
         self._runtime = runtime
+        self._chooser: Chooser | None = None
 
     def next_tokens(self, rows: Sequence[RunningSequence]) -> list[int]:
         """Feed each row's pending token and return the one chosen behind it. Raises RuntimeTargetError."""
         input_ids, positions = _pending(rows)
         logits, self.state = self._runtime.decode(input_ids, positions, self.state)
-        return tokens_behind(logits, rows, self._runtime.info)
+        self._chooser = self._chooser or Chooser(rows, logits.device)
+        return tokens_behind(logits, rows, self._chooser, self._runtime.info)
 
     def logits(self, place: int) -> Tensor | None:
         """Logits [vocab] behind the last token of a row, on the host, where it was fed already."""
@@ -49,6 +50,7 @@ class Decoding:
     def keep(self, places: Sequence[int]) -> None:
         """Go on with some rows only: ended sequences cost nothing more."""
         self.state = self._runtime.device_state(self.host_state(places))
+        self._chooser = None
 
     def host_state(self, places: Sequence[int]) -> list[Tensor]:
         """Copy the state of some rows to the host: one [rows, H, K, V] per layer."""
@@ -71,7 +73,6 @@ class DecodingAhead(Decoding):
         self._keep_logits = keep_logits
         self._step: _Step | None = None
         self._read: tuple[list[int], list[float]] | None = None
-        self._chooser: Chooser | None = None
 
     @property
     def under_way(self) -> bool:  # type: ignore[override]
@@ -162,12 +163,12 @@ def make_decoding(runtime: Runtime, state: State, *, keep_logits: bool) -> Decod
     return Decoding(runtime, state)
 
 
-def tokens_behind(logits: Tensor, rows: Sequence[RunningSequence], info: RuntimeInfo) -> list[int]:
+def tokens_behind(logits: Tensor, rows: Sequence[RunningSequence], chooser: Chooser, info: RuntimeInfo) -> list[int]:
     """Choose each row's next token from logits [B, vocab]. Raises RuntimeTargetError where they are not finite."""
-    logits = logits.cpu()
     # The largest is NaN where any is; -inf below it does no harm.
     _check_finite(logits.amax(dim=-1).tolist(), rows, info)
-    return choose_tokens(logits, [row.seen for row in rows], [row.params for row in rows], [row.rng for row in rows])
+    tokens: list[int] = chooser.choose(logits).tolist()
+    return tokens
 
 
 def _pending(rows: Sequence[RunningSequence]) -> tuple[Tensor, Tensor]:

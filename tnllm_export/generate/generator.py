@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from tnllm_export.errors import PromptError, RequestError, SamplingError, TextUnsupportedError
+from tnllm_export.generate.choices import Chooser
 from tnllm_export.generate.decoding import make_decoding, tokens_behind
 from tnllm_export.generate.params import SamplingParams
 from tnllm_export.generate.prompts import Prompt, encode_prompts
@@ -160,6 +161,7 @@ class Generator:
                 if logits is None:
                     tokens = steps.next_tokens(rows)
                 else:
-                    tokens, logits = tokens_behind(logits, rows, self.runtime.info), None
+                    tokens = tokens_behind(logits, rows, Chooser(rows, logits.device), self.runtime.info)
+                    logits = None
                 eos = self._config.eos_token_id
                 events = [(place, row.take(tokens[place], eos)) for place, row in enumerate(rows)]

@@ -1,7 +1,5 @@
 """From logits to tokens. Pure functions on logits [B, vocab]; a token that is ruled out has logit -inf."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -76,22 +74,3 @@ def choose(logits: Tensor, params: SamplingParams, seen: Tensor | None, uniforms
         logits = keep_top_p(logits, params.top_p)
     drawn = draw(logits, uniforms)
     return drawn if tokens is None else tokens.gather(-1, drawn[:, None])[:, 0]
-
-
-def choose_tokens(
-    logits: Tensor, seen: Sequence[Tensor | None], params: Sequence[SamplingParams], rngs: Sequence[torch.Generator]
-) -> list[int]:
-    """Choose each row's next token on the host.
-
-    Args:
-        logits: [B, vocab].
-        seen: Per row the tokens so far, [vocab] bool; None where the row has no repetition penalty.
-        params: Per row.
-        rngs: Per row; a row that is not greedy draws one number from its own.
-    """
-    chosen = []
-    for row, (row_seen, row_params, rng) in enumerate(zip(seen, params, rngs, strict=True)):
-        uniforms = None if row_params.temperature == 0 else torch.rand(1, generator=rng, dtype=torch.float64)
-        mask = None if row_seen is None else row_seen[None]
-        chosen.append(int(choose(logits[row : row + 1], row_params, mask, uniforms)))
-    return chosen

@@ -13,7 +13,7 @@ from tests.tnllm_export.runtime.fake_graphs import captured_on_the_cpu
 from tnllm_export.errors import RuntimeTargetError
 from tnllm_export.generate import Generation, Generator, SamplingParams, Session
 from tnllm_export.generate.choices import Chooser
-from tnllm_export.generate.sampling import choose_tokens
+from tnllm_export.generate.sampling import choose
 from tnllm_export.generate.sequence import RunningSequence
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.models.tokenizer import Tokenizer
@@ -226,15 +226,20 @@ def test_a_readers_time_counts_while_a_step_is_under_way(ahead: Generator, in_tu
         assert (whole.decode_seconds > 3 * 0.05) == counted
 
 
-def test_tokens_chosen_on_the_device_are_those_chosen_on_the_host() -> None:
+def test_tokens_chosen_together_are_those_chosen_alone() -> None:
     params = [GREEDY, SAMPLED, replace(SAMPLED, seed=3), PENALISED, replace(SAMPLED, top_k=0, repetition_penalty=1.0)]
-    device = [RunningSequence(place, [1, 2], one, 97, None, None) for place, one in enumerate(params)]
-    host = [RunningSequence(place, [1, 2], one, 97, None, None) for place, one in enumerate(params)]
-    chooser = Chooser(device, torch.device("cpu"))
+    rows = [RunningSequence(place, [1, 2], one, 97, None, None) for place, one in enumerate(params)]
+    rngs = [torch.Generator().manual_seed(one.seed) for one in params]
+    seen = [torch.zeros(1, 97, dtype=torch.bool) for _ in params]
+    for mask in seen:
+        mask[0, [1, 2]] = True
+    chooser = Chooser(rows, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         logits = 3 * torch.randn(len(params), 97, generator=generator)
-        expected = choose_tokens(logits, [row.seen for row in host], params, [row.rng for row in host])
-        assert chooser.choose(logits).tolist() == expected
-        for row, token in zip(host, expected, strict=True):
-            row.take(token, -1)
+        found = chooser.choose(logits).tolist()
+        for place, one in enumerate(params):
+            uniform = torch.rand(1, generator=rngs[place], dtype=torch.float64) if one.temperature else None
+            mask = seen[place] if one.repetition_penalty != 1 else None
+            assert choose(logits[place : place + 1], one, mask, uniform).tolist() == [found[place]]
+            seen[place][0, found[place]] = True

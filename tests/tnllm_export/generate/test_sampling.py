@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tnllm_export.generate import SamplingParams, sampling
-from tnllm_export.generate.sampling import choose_tokens, draw, keep_top_p, penalise_repetition, top_k_tokens
+from tnllm_export.generate.choices import Chooser
+from tnllm_export.generate.sampling import draw, keep_top_p, penalise_repetition, top_k_tokens
+from tnllm_export.generate.sequence import RunningSequence
 
 
 def logits(rows: int = 3, vocab: int = 50, seed: int = 0) -> Tensor:
@@ -16,7 +18,10 @@ def logits(rows: int = 3, vocab: int = 50, seed: int = 0) -> Tensor:
 
 def choose(row: Tensor, params: SamplingParams, draws: int, seen: Tensor | None = None) -> list[int]:
     rng = torch.Generator().manual_seed(params.seed)
-    return [choose_tokens(row[None], [seen], [params], [rng])[0] for _ in range(draws)]
+    uniforms = torch.rand(draws, generator=rng, dtype=torch.float64) if params.temperature else None
+    mask = None if seen is None else seen.expand(draws, -1)
+    found: list[int] = sampling.choose(row.expand(draws, -1), params, mask, uniforms).tolist()
+    return found
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens() -> None:
@@ -133,6 +138,7 @@ def test_any_penalty_leaves_something_to_draw() -> None:
 def test_each_row_draws_from_its_own_generator() -> None:
     rows = logits()
     params = [SamplingParams(temperature=1.0, seed=seed) for seed in (4, 5, 6)]
-    together = choose_tokens(rows, [None] * 3, params, [torch.Generator().manual_seed(p.seed) for p in params])
+    sequences = [RunningSequence(place, [1], one, 50, None, None) for place, one in enumerate(params)]
+    together = Chooser(sequences, torch.device("cpu")).choose(rows).tolist()
     alone = [choose(row, row_params, 1)[0] for row, row_params in zip(rows, params, strict=True)]
     assert together == alone
