@@ -92,7 +92,7 @@ class CudaCapture:
                     torch.empty(self._reserve, dtype=torch.uint8, device=self._device)  # freed: the pool keeps it
                 logits = call()
         except RuntimeError as error:
-            _leave_pool(self._device, pool)
+            _recover(self._device, pool, stream)
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             if isinstance(error.__context__, torch.OutOfMemoryError):
@@ -106,10 +106,18 @@ class CudaCapture:
         return Captured(graph.replay, logits)
 
 
-def _leave_pool(device: torch.device, pool: Any) -> None:
-    """Tell the allocator that a capture has failed, which before 2.12 it goes on to believe in (PyTorch's #180395)."""
+def _recover(device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
+    """Make PyTorch forget a capture that has failed.
+
+    Before 2.12 its allocator goes on to believe in it (#180395), and so does its generator of random numbers until a
+    capture succeeds.
+    """
     with suppress(RuntimeError):  # it knows
         torch._C._cuda_endAllocateToPool(device.index, pool)
+    with suppress(RuntimeError), torch.cuda.stream(stream):
+        graph, own = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=own, stream=stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=device)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
