@@ -5,6 +5,9 @@ with a state of its own, and a caller's state is copied into it when it is decod
 lives there, and a step moves no state but the one that the kernels read and write. When another state of as many
 sequences is decoded, the one that lives there moves out to memory of its own, if anybody still holds it: two sequences
 decoded in turns cost two copies of a state per step (0.06 ms for the 65 MB of the 7B model, on an H200).
+
+For who runs ahead a step also writes the likeliest tokens, and their positions, where the next step reads its inputs:
+then nothing has to come from the host between two steps.
 """
 
 import weakref
