@@ -7,6 +7,7 @@ for the first time runs as it is, padded, and what is used again is captured: a 
 capture, and the answer to a prompt is the same, bit for bit, each time.
 """
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -62,6 +63,8 @@ class PrefillGraphs:
         self._most_rows = MOST_STATE_BYTES // _state_bytes(model.config, model.state_dtype)
         self._graphs: OrderedDict[tuple[int, int, Choice], PrefillGraph] = OrderedDict()
         self._states: dict[int, States] = {}
+        # What threads enqueue stays together, as long as they share a stream.
+        self._lock = threading.Lock()
 
     def take(self, batch: int, tokens: int) -> bool:
         """Whether a prompt of this size is short enough."""
@@ -80,7 +83,7 @@ class PrefillGraphs:
             DeviceMemoryError: The GPU's memory does not suffice.
         """
         B, T = input_ids.shape
-        with on_device(self._device):
+        with self._lock, on_device(self._device):
             way_out = "feed the prompt in smaller pieces (--prefill-chunk)"
             with reporting_out_of_memory(self._device, f"prefill of {B} x {T} tokens", way_out):
                 graph = self._graph(graph_batch(B), graph_tokens(T))

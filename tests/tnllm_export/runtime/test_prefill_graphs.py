@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -115,6 +116,18 @@ def test_answers_and_states_are_not_written_again_by_later_prompts(captured: Tor
     for (logits, state), (old_logits, old_state) in zip(answers[1:], kept[1:], strict=True):
         assert torch.equal(logits, old_logits)
         assert all(torch.equal(one, other) for one, other in zip(captured.host_state(state), old_state, strict=True))
+
+
+def test_threads_get_their_own_answers(captured: TorchRuntime) -> None:
+    expected = [read(captured, [20], seed) for seed in range(4)]
+
+    def ask(seed: int) -> list[Answer]:
+        return [read(captured, [20], seed) for _ in range(10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for answers, wanted in zip(pool.map(ask, range(4)), expected, strict=True):
+            for answer in answers:
+                assert_equal(captured, answer, wanted)
 
 
 def test_a_long_prompt_many_sequences_and_all_logits_are_read_without_graphs(
