@@ -3,10 +3,8 @@
 Both packages read one copy of the bundle's weights, memory-mapped on the CPU. On CUDA, decode updates the state in
 place and runs as a CUDA graph.
 """
-# ruff: noqa: PLC0415 - Inductor is imported when there is a package to load
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, cast
@@ -181,13 +179,13 @@ class Package:
                 f"{self._path}: its code has a C++ standard library of its own, linked statically, and would crash "
                 f"this process; build again with `tnllm build --target {NAME} --device {device.type}`"
             )
-        with self._naming_the_package("refuses it", EngineMismatchError, "; build again with `tnllm build`"):
-            with _current(device):
-                model = _load(str(self._path), device)
-                names = {name: bundle_name(name, constants) for name in model.get_constant_fqns()}
-                self._constants = {name: constants[stored] for name, stored in names.items()}
-                model.load_constants(self._constants, check_full_update=True, user_managed=True)
-            self._loader = model.loader  # what it adds, call after call, is the parsing of argument trees
+        way_out = "; build again with `tnllm build`"
+        with self._naming_the_package("refuses it", EngineMismatchError, way_out), _current(device):
+            self._loader = _load(str(self._path), device)
+            names = {name: bundle_name(name, constants) for name in self._loader.get_constant_fqns()}
+            self._constants = {name: constants[stored] for name, stored in names.items()}
+            # Into use at once; all of them; kept by us.
+            self._loader.load_constants(self._constants, False, True, True)
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
         """Run on contiguous tensors of the package's device, in the program's order.
@@ -295,13 +293,13 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def _load(path: str, device: torch.device) -> Any:
-    """Load a package, to be run without locks between threads: those could not be captured."""
-    from torch._inductor import aoti_load_package
+    """Load a package, to be run without locks between threads: those could not be captured.
 
+    `torch._inductor.aoti_load_package` does this, too, but first compiles programs to see what this CPU has, which may
+    take a minute, and parses argument trees call after call.
+    """
     index = -1 if device.index is None else device.index
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Inductor's own deprecations
-        return aoti_load_package(path, run_single_threaded=True, device_index=index)
+    return torch._C._aoti.AOTIModelPackageLoader(path, "model", True, 1, index)
 
 
 def _refused_allocations(device: torch.device) -> int:
