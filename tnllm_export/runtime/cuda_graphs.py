@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -66,11 +67,13 @@ class CudaCapture:
         self._warm_ups = warm_ups
         self._reserve = reserve
         self._pool: Any = None
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, call: Callable[[], Tensor]) -> Captured:
         """Warm the call up and capture it. Raises RuntimeTargetError."""
-        pool = self._pool or torch.cuda.graph_pool_handle()
+        # A pool ends with the last of its graphs.
+        pool = self._pool if self._graphs else torch.cuda.graph_pool_handle()
         # One for all captures: libraries keep a workspace for each stream.
         self._stream = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream = self._stream
@@ -88,7 +91,7 @@ class CudaCapture:
                 torch.cuda.stream(stream),
                 torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
             ):
-                if self._reserve and self._pool is None:
+                if self._reserve and pool is not self._pool:
                     torch.empty(self._reserve, dtype=torch.uint8, device=self._device)  # freed: the pool keeps it
                 logits = call()
         except RuntimeError as error:
@@ -103,6 +106,7 @@ class CudaCapture:
                 "the CPU"
             ) from error
         self._pool = pool  # one of a failed capture could not be shared
+        self._graphs.add(graph)
         return Captured(graph.replay, logits)
 
 

@@ -275,6 +275,24 @@ def test_a_pool_takes_the_memory_of_the_largest_graph_at_once(monkeypatch: pytes
     assert taken == [1000]
 
 
+def test_a_pool_is_shared_as_long_as_one_of_its_graphs_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        def replay(self) -> None:
+            """Nothing was captured."""
+
+    cuda = NoCuda(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    capture = CudaCapture(torch.device("cpu"))
+    kept = [capture(lambda: torch.zeros(1)) for _ in range(2)]
+    del kept[0]
+    kept.append(capture(lambda: torch.zeros(1)))
+    kept.clear()
+    capture(lambda: torch.zeros(1))
+    first, second, third, fourth = cuda.pools
+    assert first is second is third
+    assert fourth is not first
+
+
 def test_memory_that_ends_when_a_state_moves_out_harms_neither(
     captured: TorchRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
