@@ -202,6 +202,13 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
 
         if STORE_STATE:  # noqa: SIM102
             if i_segment == n_segments - 1:
+                if HANDOVER == "lookback":  # noqa: SIM102
+                    if i_segment > 0:
+                        # In place: a head that forgets soon has not waited for the segment that reads the past state.
+                        ready = tl.atomic_add(p_ready, 0, sem="acquire")
+                        while ready == 0:
+                            ready = tl.atomic_add(p_ready, 0, sem="acquire")
+                        tl.debug_barrier()
                 p_present_state += i_b.to(tl.int64) * present_stride_b + i_h.to(tl.int64) * present_stride_h
                 p_present = p_present_state + k_column[None, :] * present_stride_k
                 tl.store(p_present + v_column[:, None] * present_stride_v, state, mask=state_mask)

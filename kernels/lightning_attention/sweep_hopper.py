@@ -271,6 +271,13 @@ def _own(  # noqa: PLR0912, PLR0915
 
     if STORE_STATE:  # noqa: SIM102
         if i_segment == n_segments - 1:
+            if HANDOVER == "lookback":  # noqa: SIM102
+                if i_segment > 0:
+                    # In place: a head that forgets soon has not waited for the segment that reads the past state.
+                    ready = gl.atomic_add(p_ready, 0, sem="acquire")
+                    while ready < 2:
+                        ready = gl.atomic_add(p_ready, 0, sem="acquire")
+                    barrier()
             p_present = p_present_state + k_index[None, :] * present_stride_k
             gl.store(p_present + v_index[:, None] * present_stride_v, state)
 

@@ -44,10 +44,11 @@ SHORT_CALL = 16
 """Up to so many chunks, walking the tokens before a segment again takes less time than waiting for their state."""
 
 RECOMPUTE_SEGMENTS = 4
-"""Segments of so few chunks, at most: each walks all tokens before it."""
+"""Segments of a call of so few chunks, at most: each walks all tokens before it."""
 
 LONG_SEGMENT = 128
-"""Chunks from which a segment is rather cut in two: heads that remember long walk twice, and delay the end less."""
+"""Segments are cut in two where the halves have so many chunks: heads that remember long, whose segments are walked twice,
+then delay the end less."""
 
 HOPPER_TILE = SweepTile(
     chunk=64,
