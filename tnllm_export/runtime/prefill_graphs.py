@@ -80,15 +80,20 @@ class PrefillGraphs:
             Logits [B, vocab] of each row's last valid token, and the new state; `past` stays as it is.
 
         Raises:
-            DeviceMemoryError: The GPU's memory does not suffice.
+            DeviceMemoryError: The GPU's memory does not suffice. No graph is kept then: without, there may be enough.
         """
         B, T = input_ids.shape
+        work, way_out = f"prefill of {B} x {T} tokens", "feed the prompt in smaller pieces (--prefill-chunk)"
         with self._lock, on_device(self._device):
-            way_out = "feed the prompt in smaller pieces (--prefill-chunk)"
-            with reporting_out_of_memory(self._device, f"prefill of {B} x {T} tokens", way_out):
-                graph = self._graph(graph_batch(B), graph_tokens(T))
-                graph.send(input_ids, lengths, positions, past)
-                return graph.run(B)
+            try:
+                with reporting_out_of_memory(self._device, work, way_out):
+                    graph = self._graph(graph_batch(B), graph_tokens(T))
+                    graph.send(input_ids, lengths, positions, past)
+                    return graph.run(B)
+            except DeviceMemoryError:
+                self._graphs.clear()
+                self._states.clear()
+                raise
 
     def _graph(self, batch: int, tokens: int) -> "PrefillGraph":
         key = (batch, tokens, kernel_choice())

@@ -5,6 +5,7 @@ runs any number of tokens at once.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal, Self, cast
 
 import torch
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tnllm_export.bundle import Bundle
-from tnllm_export.errors import UnsupportedTargetError
+from tnllm_export.errors import DeviceMemoryError, UnsupportedTargetError
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.decay import slope_rates
 from tnllm_export.models.fused_prefill import prefill
@@ -126,8 +127,9 @@ class TorchRuntime:
         B, T = input_ids.shape
         handle = check_handle(self, state, B)
         if self._prefill_graphs is not None and self._prefill_graphs.take(B, T):
-            logits, present = self._prefill_graphs.prefill(input_ids, lengths, positions, handle)
-            return logits, GraphState(self, present)
+            with suppress(DeviceMemoryError):  # a graph has two states of its own: the prompt alone may fit
+                logits, present = self._prefill_graphs.prefill(input_ids, lengths, positions, handle)
+                return logits, GraphState(self, present)
         with reporting_out_of_memory(
             self._device, f"prefill of {B} x {T} tokens", "feed the prompt in smaller pieces (--prefill-chunk)"
         ):

@@ -207,6 +207,30 @@ def test_a_capture_that_fails_is_told_once_and_prompts_are_read_without(
     assert capture.batches == []
 
 
+def test_where_graphs_do_not_fit_they_go_and_the_prompt_is_read_alone(
+    model: TransnormerForCausalLM,
+    captured: TorchRuntime,
+    eager: TorchRuntime,
+    capture: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_memory(batch: int) -> list[Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 * 2**30))
+    for _ in range(2):
+        read(captured, [9])
+    expected = read(eager, [9, 4])
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "initial_state", no_memory)
+        assert_close(captured, read(captured, [9, 4]), eager, expected)
+    assert not graphs(captured)._graphs
+    assert not graphs(captured)._states
+    for _ in range(2):
+        assert_close(captured, read(captured, [9, 4]), eager, expected)
+    assert capture.batches == [1, 2]
+
+
 def test_the_pool_holds_what_a_layer_of_the_7b_shape_needs() -> None:
     from benchmarks.inference_plan import SIZES
 
