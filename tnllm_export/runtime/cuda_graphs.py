@@ -51,6 +51,19 @@ class Staging:
             self._arrived.record()
 
 
+def send_token(staging: Staging, input_ids: Tensor, positions: Tensor, inputs: Tensor) -> None:
+    """Start to bring token ids [B, 1] and positions [B] into the first columns of inputs [2, rows] on the device."""
+    B = positions.shape[0]
+    if input_ids.is_cpu and positions.is_cpu:
+        staged = staging.numbers()
+        staged[0, :B] = input_ids.numpy()[:, 0]
+        staged[1, :B] = positions.numpy()
+        staging.send(inputs)
+    else:
+        inputs[0, :B] = input_ids.squeeze(1)
+        inputs[1, :B] = positions
+
+
 class CudaCapture:
     """Captures a call as a CUDA graph. All graphs share one pool of memory: they never run at the same time."""
 

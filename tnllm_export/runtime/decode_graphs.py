@@ -25,7 +25,7 @@ from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.fused_decode import FusedDecoder
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime.ahead import HostCopy, Underway
-from tnllm_export.runtime.cuda_graphs import Capture, Captured, CudaCapture, Staging, on_device
+from tnllm_export.runtime.cuda_graphs import Capture, Captured, CudaCapture, Staging, on_device, send_token
 from tnllm_export.runtime.device_memory import gibibytes, reporting_out_of_memory
 from tnllm_export.runtime.state import StateHandle
 
@@ -232,16 +232,8 @@ class DecodeGraph:
 
     def feed(self, input_ids: Tensor, positions: Tensor) -> None:
         """Start to bring token ids [B, 1] and positions [B] in."""
-        B = positions.shape[0]
-        if input_ids.is_cpu and positions.is_cpu:
-            staged = self._staging[0].numbers()
-            staged[0, :B] = input_ids.numpy()[:, 0]
-            staged[1, :B] = positions.numpy()
-            self._staging[0].send(self.inputs)
-            self._staging.rotate(-1)
-        else:
-            self.inputs[0, :B] = input_ids.squeeze(1)
-            self.inputs[1, :B] = positions
+        send_token(self._staging[0], input_ids, positions, self.inputs)
+        self._staging.rotate(-1)
 
     def feed_chosen(self, input_ids: Tensor, vocab_size: int) -> None:
         """Put token ids [B, 1] of the device, which nobody has checked, in the place of the likeliest ones."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tnllm_export.errors import DeviceMemoryError, RuntimeMissingError, RuntimeTargetError, UnsupportedTargetError
 from tnllm_export.models.config import TransnormerConfig
+from tnllm_export.runtime.cuda_graphs import Staging, send_token
 from tnllm_export.runtime.onnxruntime import bind, first_line, named
 
 PROVIDER = "CUDAExecutionProvider"
@@ -166,13 +167,12 @@ class DecodeSlot:
     def __init__(self, program: Program, config: TransnormerConfig, batch: int, numbers: tuple[int, int]) -> None:
         """Make a slot for `batch` sequences, whose two steps are the CUDA graphs of these numbers."""
         device = program.device
-        on_gpu = device.type == "cuda"
         self.batch = batch
         self.sides = [empty_state(config, batch, device) for _ in range(2)]
         self._program = program
         # Token ids and positions: one copy brings both.
         self._inputs = torch.zeros(2, batch, dtype=torch.int64, device=device)
-        self._staged = torch.zeros(2, batch, dtype=torch.int64, pin_memory=on_gpu)
+        self._staging = Staging((2, batch), device.type == "cuda")
         self._logits = torch.empty(batch, config.vocab_size, device=device)
         self._numbers = numbers
         inputs = {"input_ids": self._inputs[0].unsqueeze(1), "positions": self._inputs[1]}
@@ -189,14 +189,7 @@ class DecodeSlot:
 
     def run(self, side: int, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Step from the state on `side` to the other side; return logits [B, vocab] in memory of their own."""
-        if input_ids.is_cpu and positions.is_cpu:
-            # No earlier copy is under way: each run was waited for.
-            self._staged[0] = input_ids.squeeze(1)
-            self._staged[1] = positions
-            self._inputs.copy_(self._staged, non_blocking=True)
-        else:
-            self._inputs[0] = input_ids.squeeze(1)
-            self._inputs[1] = positions
+        send_token(self._staging, input_ids, positions, self._inputs)
         binding, options = self._steps[side]
         self._program.run(binding, "decode", LET_GO, options)
         return self._logits.clone()
