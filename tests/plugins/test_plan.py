@@ -43,7 +43,7 @@ extern "C" int64_t largest(int op, int64_t B, int64_t T, int64_t H, int64_t K, i
 
 CHUNK, STEP = 0, 1
 HANDOVERS = ("none", "recompute", "lookback")
-CALLS = [*product((1, 2, 7, 64), (1, 63, 64, 257, 2048, 16384), (1, 5, 32))]
+CALLS = [*product((1, 2, 7, 64), (1, 63, 64, 257, 2048, 16384, 65536), (1, 5, 32))]
 
 
 class Answer(ctypes.Structure):
@@ -80,14 +80,18 @@ def test_the_chunk_op_is_cut_as_triton_cuts_it(table, plans, processors):
     rule = (table.short_call, table.recompute_segments, table.long_segment)
     assert rule == (SHORT_CALL, RECOMPUTE_SEGMENTS, LONG_SEGMENT)
     tile = SweepTile(chunk=64, value_block=16, warps=4, stages=1, state_stages=1, programs_per_processor=2)
-    seen = set()
+    seen, most_programs = set(), 0
     for B, T, H in CALLS:
         found = ask(plans, CHUNK, B, T, H, 96, 48, 86, processors)
         expected = sweep_plan(tile, B * H * 3, T, processors)
         assert (found.columns, found.segments) == (B * H * 3, expected.segments)
         assert HANDOVERS[found.handover] == expected.handover
         seen.add(expected.handover)
+        if expected.segments > 1:
+            most_programs = max(most_programs, found.columns * found.segments)
     assert seen == set(HANDOVERS)
+    # A long call has more programs than fit the device at once.
+    assert 2 * processors < most_programs <= 4 * processors
 
 
 def test_a_state_in_place_is_never_read_by_one_segment_after_another_has_written_it(plans):
@@ -111,7 +115,7 @@ def test_the_step_takes_the_block_that_triton_takes(plans, processors):
 
 
 def test_the_workspace_that_tensorrt_is_asked_for_is_enough_for_every_smaller_call_on_any_gpu(plans):
-    B, T, H, K, V = 64, 16384, 32, 96, 48
+    B, T, H, K, V = 64, 65536, 32, 96, 48
     most = plans.largest(CHUNK, B, T, H, K, V)
     # A state for each program of a call that is cut: B * H * 3 columns here are too many for that.
     assert most < 64 << 20
