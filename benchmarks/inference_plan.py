@@ -105,8 +105,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 def state_bytes(config: TransnormerConfig, batch: int) -> int:
     """Bytes of the float32 states of `batch` sequences."""
-    shapes = (config.state_shape(layer, batch) for layer in range(config.decoder_layers))
-    return 4 * sum(torch.Size(shape).numel() for shape in shapes)
+    return 4 * config.state_elements(batch)
 
 
 def prefill_flops(config: TransnormerConfig, tokens: int) -> float:

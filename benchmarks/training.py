@@ -229,8 +229,7 @@ def flops_per_token(form: str, context: int, plan: Plan) -> float:
         return 6.0 * weights + 3.0 * size.layers * 2 * context * size.width
     d = c.decoder_embed_dim
     weights = c.decoder_layers * (5 * d**2 + 3 * d * c.glu_dim) + c.vocab_size * d
-    states = sum(torch.Size(c.state_shape(layer, 1)).numel() for layer in range(c.decoder_layers))
-    return 6.0 * weights + 3.0 * 4 * states
+    return 6.0 * weights + 3.0 * 4 * c.state_elements(1)
 
 
 def _prepare_layers(layers: nn.ModuleList, plan: Plan) -> nn.ModuleList:

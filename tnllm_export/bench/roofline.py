@@ -1,6 +1,5 @@
 """The least that a call has to move and to multiply."""
 
-import math
 from dataclasses import dataclass
 
 from tnllm_export.bench.records import Ceilings
@@ -24,7 +23,7 @@ class Work:
 
 def state_bytes(config: TransnormerConfig) -> int:
     """Return the size of one sequence's state."""
-    return _STATE_BYTES * sum(math.prod(config.state_shape(layer, 1)) for layer in range(config.decoder_layers))
+    return _STATE_BYTES * config.state_elements(1)
 
 
 def work_of(config: TransnormerConfig, dtype: str, batch: int, tokens: int, *, all_logits: bool = False) -> Work:

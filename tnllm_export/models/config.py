@@ -1,6 +1,7 @@
 """The model's configuration: the released field names, this package's options, and reading `config.json`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -103,6 +104,10 @@ class TransnormerConfig(BaseModel):
     def state_shape(self, layer: int, batch: int) -> tuple[int, int, int, int]:
         """Shape [B, H, K, V] of a layer's recurrent state."""
         return batch, self.decoder_attention_heads, self.key_dim(layer), self.head_dim
+
+    def state_elements(self, batch: int) -> int:
+        """Numbers in the recurrent states of all layers."""
+        return sum(math.prod(self.state_shape(layer, batch)) for layer in range(self.decoder_layers))
 
 
 # Fields that released configurations carry and that say nothing which changes the computation.

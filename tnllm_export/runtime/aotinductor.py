@@ -23,7 +23,7 @@ from tnllm_export.runtime.aotinductor_constants import bundle_name, check_consta
 from tnllm_export.runtime.decode_graphs import DecodeGraphs, GraphState
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
 from tnllm_export.runtime.protocol import RuntimeInfo, State
-from tnllm_export.runtime.state import check_batch, check_handle, check_places, check_state_tensors
+from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors, select_sequences
 from tnllm_export.runtime.support import check_supported, weights_id
 from tnllm_export.runtime.validation import check_decode, check_decode_ahead, check_prefill
 
@@ -133,11 +133,7 @@ class AotInductorRuntime:
     @torch.inference_mode()
     def select(self, state: State, places: Sequence[int]) -> State:
         """Copy some sequences of a state on its device; see `RunsAhead.select`."""
-        tensors = check_handle(self, state, None).tensors
-        check_places(places, tensors[0].shape[0])
-        with reporting_out_of_memory(self._device, "a state", "let go of states that are not needed any more"):
-            index = torch.tensor(places, device=self._device)
-            return GraphState(self, [tensor.index_select(0, index) for tensor in tensors])
+        return GraphState(self, select_sequences(check_handle(self, state, None).tensors, places))
 
     def host_state(self, state: State) -> list[Tensor]:
         """Copy a state to the host: one [B, H, K, V] float32 per layer."""

@@ -158,9 +158,8 @@ class DecodeGraphs:
         return graph
 
     def _captured(self, key: tuple[int, Choice], graph: "DecodeGraph | None", *, ahead: bool) -> "DecodeGraph":
-        batch, config = key[0], self._model.config
-        shapes = [config.state_shape(layer, batch) for layer in range(config.decoder_layers)]
-        size = sum(torch.Size(shape).numel() for shape in shapes) * self._model.state_dtype.itemsize
+        batch = key[0]
+        size = self._model.config.state_elements(batch) * self._model.state_dtype.itemsize
         work = f"the CUDA graph of decode for {batch} sequences, whose state alone takes {gibibytes(size)}"
         way_out = "decode fewer sequences at once, or let go of states that are not needed any more"
         while graph is None and len(self._graphs) >= MOST_GRAPHS:

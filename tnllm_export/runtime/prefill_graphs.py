@@ -60,7 +60,7 @@ class PrefillGraphs:
         self._capture: Capture | None = capture or CudaCapture(
             self._device, warm_ups=1, reserve=activation_bytes(model.config, MOST_TOKENS, weight.dtype)
         )
-        self._most_rows = MOST_STATE_BYTES // _state_bytes(model.config, model.state_dtype)
+        self._most_rows = MOST_STATE_BYTES // (model.config.state_elements(1) * model.state_dtype.itemsize)
         self._graphs: OrderedDict[tuple[int, int, Choice], PrefillGraph] = OrderedDict()
         self._states: dict[int, States] = {}
         # What threads enqueue stays together, as long as they share a stream.
@@ -215,9 +215,3 @@ def activation_bytes(config: TransnormerConfig, tokens: int, dtype: torch.dtype)
 def _rows(tensors: list[Tensor], rows: int) -> list[Tensor]:
     """The first rows of each; slicing takes the host some time."""
     return tensors if len(tensors[0]) == rows else [tensor[:rows] for tensor in tensors]
-
-
-def _state_bytes(config: TransnormerConfig, dtype: torch.dtype) -> int:
-    """Of one sequence."""
-    shapes = (config.state_shape(layer, 1) for layer in range(config.decoder_layers))
-    return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""The handle behind a runtime's opaque `State`, and the checks it must pass before it is used."""
+"""The handle behind a runtime's opaque `State`, the checks it must pass before it is used, and parts of it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tnllm_export.errors import StateError
 from tnllm_export.models.config import TransnormerConfig
+from tnllm_export.runtime.device_memory import reporting_out_of_memory
 
 
 class StateHandle:
@@ -71,10 +72,14 @@ def check_batch(batch: int) -> None:
         raise StateError(f"batch is {batch}; expected at least 1 sequence")
 
 
-def check_places(places: Sequence[int], batch: int) -> None:
-    """Raise StateError unless `places` are some of `batch` sequences."""
+def select_sequences(tensors: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
+    """Copy the sequences at these places of a state, on its device. Raises StateError, DeviceMemoryError."""
+    batch, device = tensors[0].shape[0], tensors[0].device
     if not places or min(places) < 0 or max(places) >= batch:
         raise StateError(f"places are {list(places)}; expected at least one, each of 0 … {batch - 1}")
+    with reporting_out_of_memory(device, "a state", "let go of states that are not needed any more"):
+        index = torch.tensor(places, device=device)
+        return [tensor.index_select(0, index) for tensor in tensors]
 
 
 def _name(dtype: torch.dtype) -> str:
