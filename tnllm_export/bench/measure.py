@@ -128,7 +128,8 @@ class Bench:
 
     def _fed_before(self, row: Row) -> int:
         """All of the context where that takes a fair share of the time, else a few tokens."""
-        affordable = self._feeding / len(self.options.decode_cases) * self._prefill_rate / row.batch
+        cases = len(self.options.decode_cases) + len(self.options.generate_cases)
+        affordable = self._feeding / cases * self._prefill_rate / row.batch
         return row.tokens if row.tokens <= max(_FEW, affordable) else _FEW
 
     def _feed(self, batch: int, tokens: int) -> tuple[State, Tensor]:

@@ -16,7 +16,7 @@ from tnllm_export.bench.ceilings import measure_ceilings
 from tnllm_export.bench.gate import check_parity, compute_truth
 from tnllm_export.bench.measure import Bench
 from tnllm_export.bench.memory import ResidentMeter
-from tnllm_export.bench.records import Ceilings
+from tnllm_export.bench.records import Ceilings, Row
 from tnllm_export.bench.roofline import state_bytes, work_of
 from tnllm_export.bench.timing import summarize, time_calls
 from tnllm_export.errors import (
@@ -159,6 +159,19 @@ def test_the_time_limit_ends_the_timing(text_bundle):
     runtime = load_runtime(text_bundle, "torch")
     bench = Bench(runtime, CPU, Ceilings(1e10, 1e10, "float32"), ONE, ResidentMeter(), silent)
     assert {row.note for row in bench.run(-1.0)} == {"the time limit of 10 s had passed"}
+
+
+def test_contexts_of_all_cases_together_are_fed_in_the_tenth_of_the_time_that_there_is(text_bundle):
+    options = dataclasses.replace(ONE, contexts=(1000, 2000), batches=(1, 4))
+    for rate, expected in ((30_000.0, 64), (60_000.0, 1000)):
+        bench = Bench(
+            load_runtime(text_bundle, "torch"), CPU, Ceilings(1e10, 1e10, "float32"), options, ResidentMeter(), silent
+        )
+        bench._feeding, bench._prefill_rate = 0.5, rate
+        # 0.1 s for each of three cases of decode and two of generation.
+        row = Row("generate", 4, 1000, 0, None, 1, 1, 1.0)
+        assert bench._fed_before(row) == expected
+        assert bench._fed_before(dataclasses.replace(row, program="decode")) == expected
 
 
 def test_no_runtime_at_all_is_an_error_that_names_each(text_bundle):
