@@ -1,4 +1,4 @@
-"""What both modules of the Hopper sweep share: sizes, and the arithmetic of `arithmetic.py` and `sweep.py` in Gluon."""
+"""What the modules of the Hopper sweep share: sizes, and the arithmetic of `arithmetic.py` and `sweep.py` in Gluon."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -61,7 +61,7 @@ def decay_factors(rate):
 
 @gluon.jit
 def tokens(i_segment, segment_chunks, n_chunks, length, REVERSE: gl.constexpr):
-    """As `sweep.segment_tokens`."""
+    """As `sweep._tokens`: valid tokens of a segment that is not the last one."""
     if REVERSE:
         left = n_chunks - i_segment * segment_chunks
         return gl.minimum(left * C, length) - (left - segment_chunks) * C

@@ -49,7 +49,7 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
     p_lengths,
     p_output,
     p_present_state,
-    p_carry,  # [segments, B*H*NV, BK * BV] float32: states at the ends of segments that began with zero
+    p_carry,  # [segments, B*H*NV, BK * BV] float32: states at the ends of segments, all but the last
     p_progress,  # [1 + segments * B*H*NV] int32, zero: tickets taken; which of these states are there
     T,
     H,
@@ -145,7 +145,7 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
                     k = key.load([t0, 0])
                     v = value.load([t0, i_v * BV])
                     state = _advance(state, k, v, slope, count, C, REVERSE)
-            # Only the first segment reads it, before anyone can write over it in place.
+            # Only the first segment reads it; the last one, which may write over it in place, waits for that.
             before = tl.zeros([BV, BK], dtype=tl.float32)
             if i_segment == 0:
                 before = tl.load(p_past, mask=state_mask, other=0.0)

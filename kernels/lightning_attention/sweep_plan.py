@@ -47,8 +47,8 @@ RECOMPUTE_SEGMENTS = 4
 """Segments of a call of so few chunks, at most: each walks all tokens before it."""
 
 LONG_SEGMENT = 128
-"""Segments are cut in two where the halves have so many chunks: heads that remember long walk theirs twice, and so delay
-the end less."""
+"""Segments are cut in two where the halves have so many chunks: heads that remember long walk theirs twice, and then
+delay the end less."""
 
 HOPPER_TILE = SweepTile(
     chunk=64,
