@@ -36,7 +36,10 @@ class RuntimeInfo:
 
 
 class Runtime(Protocol):
-    """Runs prefill and decode of one model. Nothing is remembered between calls: the state goes in and comes out."""
+    """Runs prefill and decode of one model. Nothing is remembered between calls: the state goes in and comes out.
+
+    Threads take turns: calls of one runtime may share memory for inputs and states.
+    """
 
     @property
     def info(self) -> RuntimeInfo:

@@ -33,7 +33,7 @@ class TorchRuntime:
     """Runs `TransnormerForCausalLM` under `torch.inference_mode`; the model is used as it is, on its device.
 
     A float64 model works too: its states and logits are float64. Logits stay on the device. A state that was decoded on
-    CUDA lives in its graph (see `decode_graphs`): of as many bytes as weights and one state, little more is used.
+    CUDA lives in its graph (see `decode_graphs`); what the graphs of short prompts take beside is in `prefill_graphs`.
     """
 
     def __init__(
