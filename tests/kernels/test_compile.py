@@ -10,6 +10,7 @@ from tnllm_export.kernels.compile import SHARED_BYTES, compile_table
 from tnllm_export.kernels.compiled import INTEGERS, POINTERS
 from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_tile
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
+    HOPPER_TILE,
     LONG_SEGMENT,
     RECOMPUTE_SEGMENTS,
     SHORT_CALL,
@@ -72,6 +73,12 @@ def test_hopper_has_its_own_kernel_for_the_released_head_sizes():
     assert entries == {(64, "sweep_hopper_kernel"), (80, "sweep_kernel")}
     for kernel in table.kernels:
         assert (kernel.scratch_bytes > 0) == (kernel.op == CHUNK)
+
+
+def test_the_plan_and_the_kernel_for_hopper_name_the_same_sizes():
+    hopper = pytest.importorskip("tnllm_export.kernels.lightning_attention.hopper_arithmetic")
+    assert (HOPPER_TILE.chunk, HOPPER_TILE.value_block) == (hopper.C.value, hopper.BV.value)
+    assert HOPPER_TILE.stages == HOPPER_TILE.state_stages == hopper.STAGES.value
 
 
 def test_missing_triton_and_unknown_architectures_are_named(monkeypatch):
