@@ -25,7 +25,7 @@ from benchmarks.inference_plan import (
     weight_bytes,
 )
 from benchmarks.names import ONNXRUNTIME, ORT_INFERENCE, ORT_PARITY, OURS, PYTORCH
-from benchmarks.onnxruntime_models import Traced, allowed, distance, logits_of, onnxruntime_over, trace
+from benchmarks.onnxruntime_models import Traced, allowed, distance, exact_logits, onnxruntime_over, trace
 from benchmarks.records import Record, versions
 from tnllm_export.kernels.dispatch import Choice, use_kernels
 from tnllm_export.models.modeling import TransnormerForCausalLM
@@ -119,15 +119,8 @@ def parity_records(
     Raises:
         ArithmeticError: One is further off than its ratio allows: then nothing is timed.
     """
-    prompt, decoded = plan.parity_tokens
-    ids = torch.randint(size.config.vocab_size, (2, prompt + decoded), generator=torch.Generator().manual_seed(1))
-    with use_kernels("pytorch"):
-        exact = random_model(size.config, plan.dtype, plan.device).cast_weights(torch.float32)
-        truth = logits_of(TorchRuntime(exact, capture=None), ids, prompt)
-        del exact
-        release(plan.device)
-        plain = distance(TorchRuntime(model, capture=None), truth, ids, prompt)
-    found = {name: distance(runtime, truth, ids, prompt) for name, runtime in runtimes.items()}
+    ids, exact, plain = exact_logits(model, plan.parity_tokens)
+    found = {name: distance(runtime, exact, ids, plan.parity_tokens[0]) for name, runtime in runtimes.items()}
     limits = {name: allowed(plan.dtype, plain, PARITY_RATIOS[name]) for name in found}
     for name, value in found.items():
         yield Record(ORT_PARITY, f"{size.name} | {name}", "distance of logits from float32", "1", value,
@@ -142,12 +135,13 @@ def _decode_records(
 ) -> Iterator[Record]:
     for batch in plan.batches:
         floor = token_floor(weight_bytes(model), *[state_bytes(size.config, batch)] * 2, plan.device)
-        times = [_token_milliseconds(runtime, batch, plan.context) for runtime in (ours, peer)]
+        times = [token_milliseconds(runtime, batch, plan.context) for runtime in (ours, peer)]
         yield _record(f"{size.name} | decode, B {batch}", TOKEN_TIME, floor, *times)
         release(plan.device)
 
 
-def _token_milliseconds(runtime: Runtime, batch: int, context: int) -> float:
+def token_milliseconds(runtime: Runtime, batch: int, context: int) -> float:
+    """Return what a step of `batch` sequences takes after `context` tokens, the host included."""
     step = runtime_step(runtime, runtime.initial_state(batch))
     return loop_milliseconds(step, batch, context, warm_up=_DECODE_WARM_UP)
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.inference_models import prefill
+from benchmarks.inference_models import prefill, random_model
+from benchmarks.inference_plan import release
 from tnllm_export.bundle import WEIGHTS
 from tnllm_export.bundle.layout import TensorSpec, plan_weights
 from tnllm_export.export.finished import finish_graph
@@ -17,10 +18,11 @@ from tnllm_export.export.graphs import GraphBuilder
 from tnllm_export.export.template import Template
 from tnllm_export.export.tracing import Tracing, trace_programs
 from tnllm_export.graphs.traced import TracedProgram
+from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.progress import silent
-from tnllm_export.runtime import Runtime, RuntimeInfo
+from tnllm_export.runtime import Runtime, RuntimeInfo, TorchRuntime
 from tnllm_export.runtime.onnxruntime import import_onnxruntime
 from tnllm_export.runtime.onnxruntime_cuda import OnnxRuntimeCuda, import_onnxruntime_gpu
 from tnllm_export.runtime.onnxruntime_graphs import Program
@@ -47,6 +49,27 @@ def onnxruntime_over(model: TransnormerForCausalLM, traced: Traced, lowering: st
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
         info = RuntimeInfo("onnxruntime", device.type, dtype, config, "last")
         yield OnnxRuntimeCuda(info, *_open(paths, model, device))
+
+
+def exact_logits(model: TransnormerForCausalLM, tokens: tuple[int, int]) -> tuple[Tensor, Tensor, float]:
+    """Compute what a random model's runtimes are compared with.
+
+    Args:
+        model: One of `random_model`.
+        tokens: Of the prompt, and decoded after it.
+
+    Returns:
+        Token ids [2, T]; logits of the float32 model; and how far from those plain PyTorch's in the model's dtype are.
+    """
+    prompt, decoded = tokens
+    device = model.device.type
+    ids = torch.randint(model.config.vocab_size, (2, prompt + decoded), generator=torch.Generator().manual_seed(1))
+    with use_kernels("pytorch"):
+        exact = random_model(model.config, model.lm_head.weight.dtype, device).cast_weights(torch.float32)
+        logits = logits_of(TorchRuntime(exact, capture=None), ids, prompt)
+        del exact
+        release(device)
+        return ids, logits, distance(TorchRuntime(model, capture=None), logits, ids, prompt)
 
 
 def distance(runtime: Runtime, exact: Tensor, ids: Tensor, prompt: int) -> float:
