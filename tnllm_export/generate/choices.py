@@ -55,8 +55,8 @@ class _Group:
     ) -> None:
         self.places = torch.tensor(places, device=device)
         self._params = params
-        seen = [row.seen for place in places if (row := rows[place]).seen is not None]
-        self._seen = torch.stack([one for one in seen if one is not None]).to(device) if seen else None
+        seen = [mask for place in places if (mask := rows[place].seen) is not None]
+        self._seen = torch.stack(seen).to(device) if seen else None
 
     def choose(self, logits: Tensor, uniforms: Tensor | None) -> Tensor:
         tokens = choose(logits, self._params, self._seen, uniforms if self._params.temperature > 0 else None)

@@ -26,15 +26,17 @@ class Decoding:
 
     Attributes:
         state: Of the batch, after all that was fed.
-        under_way: Whether a step has been started whose tokens nobody has read.
     """
-
-    under_way = False
 
     def __init__(self, runtime: Runtime, state: State) -> None:
         self.state = state
         self._runtime = runtime
         self._chooser: Chooser | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a step has been started whose tokens nobody has read."""
+        return False
 
     def next_tokens(self, rows: Sequence[RunningSequence]) -> list[int]:
         """Feed each row's pending token and return the one chosen behind it. Raises RuntimeTargetError."""
@@ -75,7 +77,7 @@ class DecodingAhead(Decoding):
         self._read: tuple[list[int], list[float]] | None = None
 
     @property
-    def under_way(self) -> bool:  # type: ignore[override]
+    def under_way(self) -> bool:
         """Whether a step has been started whose tokens nobody has read."""
         return self._step is not None
 

@@ -184,6 +184,18 @@ def test_two_streams_of_one_runtime_read_in_turns_keep_apart(ahead: Generator, i
     assert [tuple(event.token_id for event in events[row::2]) for row in (0, 1)] == expected
 
 
+@every
+def test_a_stream_that_its_reader_leaves_harms_no_later_one(
+    ahead: Generator, in_turns: Generator, steps: Steps, params: SamplingParams
+) -> None:
+    left = ahead.stream(PROMPTS, params, keep_sessions=True)
+    for _ in range(3 * 4):
+        next(left)
+    assert steps.started == 4
+    del left
+    assert made(ahead.generate(PROMPTS, params)) == made(in_turns.generate(PROMPTS, params))
+
+
 def test_logits_that_are_not_finite_end_generation_with_an_error(
     model: TransnormerForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
