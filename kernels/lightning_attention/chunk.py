@@ -94,7 +94,7 @@ def sweep(
         past_state: [B, H, K, V] float32 of any strides; before the first token, or after the last if `reverse`.
         lengths: [B] int32.
         output: Written wholly.
-        present_state: Written if given; the state at the other end.
+        present_state: Written if given; the state at the other end. Other memory than past_state's, which is read late.
         reverse: Carry the state from the last token to the first.
         tile: Sizes other than those of the table.
         plan: Segments other than those of the rule.

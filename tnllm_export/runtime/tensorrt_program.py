@@ -28,6 +28,16 @@ class Program:
         *,
         captured: bool,
     ) -> None:
+        """Make a program.
+
+        Args:
+            trt: TensorRT's package.
+            engine: What it deserialized.
+            weights: On the device; those that the engine has as inputs are bound.
+            stream: Where all contexts run.
+            cache: File of the kernels compiled so far, which need not be there yet.
+            captured: Whether runs shall become CUDA graphs.
+        """
         self.trt = trt
         self.stream = stream
         self._engine = engine
