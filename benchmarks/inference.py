@@ -101,14 +101,14 @@ def memory_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Ite
     ids = _ids(size, 1, plan.piece)
 
     def generate() -> None:
-        runtime = TorchRuntime(model, capture=plan.capture or "auto")
+        runtime = TorchRuntime(model, capture=plan.capture)
         found = runtime.initial_state(1)
         for start in (0, short):
             _, found = prefill(runtime, ids[:, start : start + short], found, start)
         loop_milliseconds(runtime_step(runtime, found), 1, 2 * short, budget_s=0, warm_up=11)
 
     def prefill_piece() -> None:
-        runtime = TorchRuntime(model, capture=plan.capture or "auto")
+        runtime = TorchRuntime(model, capture=plan.capture)
         prefill(runtime, ids, runtime.initial_state(1))
 
     works: tuple[tuple[str, Callable[[], None], float | None], ...] = (
@@ -126,7 +126,7 @@ def decode_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Ite
     """Time per token: the runtime's, a user's, the graph's, and the model's without a graph and without our kernels."""
     for batch in plan.batches:
         floor = token_floor(weight_bytes(model), *[state_bytes(size.config, batch)] * 2, plan.device)
-        runtime = TorchRuntime(model, capture=plan.capture or "auto")
+        runtime = TorchRuntime(model, capture=plan.capture)
         ours = loop_milliseconds(runtime_step(runtime, runtime.initial_state(batch)), batch, plan.contexts[0])
         yield from _token_records(size, batch, HOST, ours, floor, {})
         if not agrees_ahead(runtime, batch):
@@ -157,7 +157,7 @@ def graph_milliseconds(model: TransnormerForCausalLM, batch: int, plan: Plan) ->
 def prefill_records(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Iterator[Record]:
     """Time and rate of a prefill, and the time to the first token."""
     ids, flops = _ids(size, 1, max(plan.prompts)), prefill_flops(size.config, plan.piece)
-    runtime = TorchRuntime(model, capture=plan.capture or "auto")
+    runtime = TorchRuntime(model, capture=plan.capture)
     zero = runtime.initial_state(1)
     piece = ids[:, : plan.piece]
     found = milliseconds([lambda: prefill(runtime, piece, zero)], plan.device, least=3)

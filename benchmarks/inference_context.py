@@ -71,7 +71,7 @@ def over_contexts(size: Size, model: TransnormerForCausalLM, plan: Plan) -> Iter
     captured = plan.captures()(lambda: step(token, position, states))
     release(plan.device)
     resident = _allocated(plan) - weight_bytes(model)
-    runtime = TorchRuntime(model, capture=plan.capture or "auto")
+    runtime = TorchRuntime(model, capture=plan.capture)
     reader = Reader(runtime, size.config.vocab_size, plan.piece)
     for context in plan.contexts:
         reader.read_to(context)

@@ -60,7 +60,7 @@ def distances(
     ids = torch.randint(plan.parity.config.vocab_size, (batch, prompt + decoded), generator=generator)
     with use_kernels("pytorch"):
         truth, plain = (_answers(TorchRuntime(model, capture=None), ids, prompt) for model in (exact, half))
-    ours = _answers(TorchRuntime(half, capture=plan.captures()), ids, prompt)
+    ours = _answers(TorchRuntime(half, capture=plan.capture), ids, prompt)
     for what, part in ((f"last of {prompt} tokens", slice(1)), (f"{decoded} decoded tokens", slice(1, None))):
         yield what, tuple(_distance(answers[:, part], truth[:, part]) for answers in (ours, plain))
 

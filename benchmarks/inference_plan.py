@@ -3,6 +3,7 @@
 import gc
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ class Plan:
         piece: Tokens of a prefill at once.
         prompts: Lengths for the time to the first token.
         device: "cuda", or "cpu" to try the code out.
-        capture: How steps are captured; default: as CUDA graphs.
+        capture: How steps and short prompts are captured; "auto": as CUDA graphs.
         kernels: Of our own forms.
         compiled: Whether torch.compile is used, for a peer and inside the Transformer.
         compile_s: What one compilation may take.
@@ -82,7 +83,7 @@ class Plan:
     piece: int = 8192
     prompts: tuple[int, ...] = (64, 512, 2048, 8192, 32768)
     device: str = DEVICE
-    capture: Capture | None = None
+    capture: Capture | Literal["auto"] = "auto"
     kernels: Choice = "triton"
     compiled: bool = os.environ.get("TNLLM_BENCH_COMPILE") != "0"
     compile_s: float = float(os.environ.get("TNLLM_BENCH_COMPILE_SECONDS", "50"))
@@ -94,8 +95,10 @@ class Plan:
         return torch.bfloat16
 
     def captures(self) -> Capture:
-        """How steps are captured."""
-        return self.capture or CudaCapture(torch.device(self.device, torch.cuda.current_device()))
+        """Return what captures a step beside a runtime."""
+        if self.capture != "auto":
+            return self.capture
+        return CudaCapture(torch.device(self.device, torch.cuda.current_device()))
 
 
 def weight_bytes(model: nn.Module) -> int:
