@@ -3,27 +3,17 @@
 import pytest
 import torch
 
+from tests.tnllm_export.models.small_models import HEAD, SMALL, make, relative_error
 from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.fused_decode import FusedDecoder
-from tnllm_export.models.modeling import TransnormerForCausalLM
 
 pytest.importorskip("triton")
 
-SMALL = TransnormerConfig(
-    vocab_size=61,
-    decoder_embed_dim=48,
-    decoder_layers=3,
-    decoder_attention_heads=3,
-    glu_dim=88,
-    init_std=0.15,
-    linear_use_lrpe_list=[1, 0, 1],
-)
 TINY = SMALL.model_copy(  # for the interpreter, which takes its time
     update={"vocab_size": 21, "decoder_embed_dim": 16, "decoder_attention_heads": 2, "glu_dim": 20,
             "decoder_layers": 2, "linear_use_lrpe_list": (True, False)}
 )  # fmt: skip
-HEAD = {"tie_word_embeddings": False, "no_scale_embedding": True}
 UNTIED = SMALL.model_copy(update=HEAD)
 LARGE = TransnormerConfig(  # layers of the 1B model
     vocab_size=64000, decoder_embed_dim=2048, decoder_layers=3, decoder_attention_heads=16, glu_dim=5632
@@ -31,20 +21,9 @@ LARGE = TransnormerConfig(  # layers of the 1B model
 PAST, STEPS = 5, 2
 
 
-def make(config, dtype, device, seed=0):
-    torch.manual_seed(seed)
-    return TransnormerForCausalLM(config).to(device).cast_weights(dtype).eval()
-
-
 def draw_ids(config, batch, tokens, device, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, config.vocab_size, (batch, tokens), generator=generator).to(device)
-
-
-def relative_error(found, reference):
-    assert found.shape == reference.shape
-    assert reference.norm() > 0
-    return ((found.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from tests.tnllm_export.models.small_models import relative_error
 from tnllm_export.export.programs import Tracer
 from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.config import TransnormerConfig
@@ -32,12 +33,6 @@ def model(device):
 @pytest.fixture
 def ids(device):
     return torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def relative_error(found, reference):
-    assert found.shape == reference.shape
-    assert reference.norm() > 0
-    return ((found.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 def loss_and_gradients(model, ids, run=None):

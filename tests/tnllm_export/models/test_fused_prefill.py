@@ -3,31 +3,16 @@
 import pytest
 import torch
 
+from tests.tnllm_export.models.small_models import HEAD, SMALL, make, relative_error
 from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.fused_prefill import fused_prefill, prefill, unsupported
-from tnllm_export.models.modeling import TransnormerForCausalLM
 
 pytest.importorskip("triton")
 
-SMALL = TransnormerConfig(
-    vocab_size=61,
-    decoder_embed_dim=48,
-    decoder_layers=3,
-    decoder_attention_heads=3,
-    glu_dim=88,
-    init_std=0.15,
-    linear_use_lrpe_list=[1, 0, 1],
-)
-HEAD = {"tie_word_embeddings": False, "no_scale_embedding": True}
 SEVEN = TransnormerConfig(  # layers of the 7B model
     vocab_size=1000, decoder_embed_dim=4096, decoder_layers=2, decoder_attention_heads=32, glu_dim=11008
 )
-
-
-def make(config, dtype, device, seed=0):
-    torch.manual_seed(seed)
-    return TransnormerForCausalLM(config).to(device).cast_weights(dtype).requires_grad_(False)
 
 
 def draw(model, lengths, seed=1):
@@ -61,12 +46,6 @@ def eager(model, arguments):
     with use_kernels("pytorch"):
         logits, present = model(*arguments, "last")
     return [logits, *present]
-
-
-def relative_error(found, reference):
-    assert found.shape == reference.shape
-    assert reference.norm() > 0
-    return ((found.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 @pytest.mark.parametrize("lengths", [[1], [20], [9, 1, 33]], ids=str)
