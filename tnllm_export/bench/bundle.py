@@ -27,6 +27,7 @@ from tnllm_export.errors import (
 )
 from tnllm_export.progress import Progress, silent
 from tnllm_export.runtime import load_runtime
+from tnllm_export.runtime.gpu import no_gpu
 from tnllm_export.targets import TARGETS
 
 _DISTRIBUTIONS = {
@@ -154,14 +155,13 @@ class _Run:
 
 
 def _device(name: str | None) -> torch.device:
-    there = torch.cuda.is_available()
+    reason = no_gpu()
     if name is None:
-        name = "cuda" if there else "cpu"
+        name = "cuda" if reason is None else "cpu"
     if name not in ("cpu", "cuda"):
         raise UnsupportedTargetError(f"device is {name!r}; expected cpu or cuda")
-    if name == "cuda" and not there:
-        built = "" if torch.version.cuda else ", and this PyTorch is built without CUDA"
-        raise UnsupportedTargetError(f"PyTorch finds no CUDA device{built}; run where there is one, or --device cpu")
+    if name == "cuda" and reason is not None:
+        raise UnsupportedTargetError(f"{reason}; run where there is one, or --device cpu")
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 

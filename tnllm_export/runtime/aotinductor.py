@@ -7,7 +7,7 @@ place and runs as a CUDA graph.
 import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -16,31 +16,31 @@ from torch import Tensor
 from tnllm_export.bundle import DTYPES, Bundle
 from tnllm_export.bundle.engines import CONSTANTS, PACKAGE_SUFFIX, EngineSet, engines_of, host_device, is_current
 from tnllm_export.bundle.native_code import libraries_with_own_standard_library
-from tnllm_export.errors import EngineMismatchError, EngineMissingError, RuntimeTargetError, UnsupportedTargetError
+from tnllm_export.errors import EngineMismatchError, EngineMissingError, RuntimeTargetError
 from tnllm_export.models.config import TransnormerConfig
-from tnllm_export.runtime.ahead import Underway
 from tnllm_export.runtime.aotinductor_constants import bundle_name, check_constants, free_memory
 from tnllm_export.runtime.decode_graphs import DecodeGraphs, GraphState
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
+from tnllm_export.runtime.gpu import current_gpu, on_device
+from tnllm_export.runtime.graph_runtime import GraphRuntime
 from tnllm_export.runtime.protocol import RuntimeInfo, State
-from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors, select_sequences
+from tnllm_export.runtime.state import check_handle, state_shapes, zero_state
 from tnllm_export.runtime.support import check_supported, weights_id
-from tnllm_export.runtime.validation import check_decode, check_decode_ahead, check_prefill
+from tnllm_export.runtime.validation import check_prefill
 
 NAME = "aotinductor"
 
 
-class AotInductorRuntime:
+class AotInductorRuntime(GraphRuntime):
     """Runs a pair of packages. Logits stay on the device."""
 
     def __init__(self, info: RuntimeInfo, prefill: "Package", decode: "Package", device: torch.device) -> None:
-        self._info = info
+        graphs: DecodeGraphs | None = None
+        if device.type == "cuda":
+            graphs = DecodeGraphs(_Facts(info.config, device), make_step=lambda _: self._step_in_place)
+        super().__init__(info, device, graphs, _Facts.state_dtype)
         self._prefill = prefill
         self._decode = decode
-        self._device = device
-        self._graphs: DecodeGraphs | None = None
-        if device.type == "cuda":
-            self._graphs = DecodeGraphs(_Facts(info.config, device), make_step=lambda _: self._step_in_place)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> Self:
@@ -88,17 +88,6 @@ class AotInductorRuntime:
             weakref.finalize(runtime, free_memory, list(constants.values())).atexit = False
         return runtime
 
-    @property
-    def info(self) -> RuntimeInfo:
-        """What is loaded."""
-        return self._info
-
-    def initial_state(self, batch: int) -> State:
-        """Return the all-zero state of `batch` sequences."""
-        check_batch(batch)
-        with reporting_out_of_memory(self._device, f"a state of {batch} sequences", "take fewer at once"):
-            return GraphState(self, _Facts(self._info.config, self._device).initial_state(batch))
-
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, lengths: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
         """Feed input_ids [B, T]; see `Runtime.prefill`. Raises DeviceMemoryError where T is too large for the GPU."""
@@ -106,44 +95,16 @@ class AotInductorRuntime:
         B, T = input_ids.shape
         handle = check_handle(self, state, B)
         way_out = "feed the prompt in smaller pieces (--prefill-chunk)"
-        with _current(self._device), reporting_out_of_memory(self._device, f"prefill of {B} x {T} tokens", way_out):
+        with on_device(self._device), reporting_out_of_memory(self._device, f"prefill of {B} x {T} tokens", way_out):
             inputs = [tensor.to(self._device).contiguous() for tensor in (input_ids, lengths, positions)]
             logits, *present = self._prefill.run([*inputs, *handle.tensors])
         return logits, GraphState(self, present)
 
-    @torch.inference_mode()
-    def decode(self, input_ids: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
-        """Feed input_ids [B, 1] and consume `state`; see `Runtime.decode`. Raises DeviceMemoryError as prefill does."""
-        check_decode(self._info.config.vocab_size, input_ids, positions)
-        handle = cast(GraphState, check_handle(self, state, input_ids.shape[0]))
-        if self._graphs is not None:
-            return self._graphs.decode(input_ids, positions, handle)
-        logits, *present = self._decode.run([input_ids.contiguous(), positions.contiguous(), *handle.tensors])
-        handle.consumed = True
-        return logits, GraphState(self, present)
-
-    @torch.inference_mode()
-    def decode_ahead(self, input_ids: Tensor | None, positions: Tensor | None, state: State) -> tuple[Underway, State]:
-        """Enqueue a step and a choice without waiting, on CUDA; see `RunsAhead.decode_ahead`."""
-        check_decode_ahead(self._info, input_ids, positions)
-        handle = cast(GraphState, check_handle(self, state, None if input_ids is None else len(input_ids)))
-        assert self._graphs is not None
-        return self._graphs.decode_ahead(input_ids, positions, handle)
-
-    @torch.inference_mode()
-    def select(self, state: State, places: Sequence[int]) -> State:
-        """Copy some sequences of a state on its device; see `RunsAhead.select`."""
-        return GraphState(self, select_sequences(check_handle(self, state, None).tensors, places))
-
-    def host_state(self, state: State) -> list[Tensor]:
-        """Copy a state to the host: one [B, H, K, V] float32 per layer."""
-        return [tensor.to("cpu", copy=True) for tensor in check_handle(self, state, None).tensors]
-
-    def device_state(self, tensors: list[Tensor]) -> State:
-        """Copy host tensors into a new state."""
-        check_state_tensors(self._info.config, tensors, torch.float32)
-        with reporting_out_of_memory(self._device, "a state", "let go of states that are not needed any more"):
-            return GraphState(self, [tensor.detach().contiguous().to(self._device, copy=True) for tensor in tensors])
+    def _decode_uncaptured(
+        self, input_ids: Tensor, positions: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        logits, *present = self._decode.run([input_ids.contiguous(), positions.contiguous(), *past])
+        return logits, present
 
     def _step_in_place(self, input_ids: Tensor, positions: Tensor, state: list[Tensor]) -> Tensor:
         (logits,) = self._decode.run([input_ids, positions, *state])
@@ -176,7 +137,7 @@ class Package:
                 f"this process; build again with `tnllm build --target {NAME} --device {device.type}`"
             )
         way_out = "; build again with `tnllm build`"
-        with self._naming_the_package("refuses it", EngineMismatchError, way_out), _current(device):
+        with self._naming_the_package("refuses it", EngineMismatchError, way_out), on_device(device):
             self._loader = _load(str(self._path), device)
             names = {name: bundle_name(name, constants) for name in self._loader.get_constant_fqns()}
             self._constants = {name: constants[stored] for name, stored in names.items()}
@@ -220,8 +181,7 @@ class _Facts:
 
     def initial_state(self, batch: int) -> list[Tensor]:
         """Return the all-zero state of each layer, [B, H, K, V]."""
-        shapes = (self.config.state_shape(layer, batch) for layer in range(self.config.decoder_layers))
-        return [torch.zeros(shape, device=self.device) for shape in shapes]
+        return zero_state(state_shapes(self.config), batch, self.state_dtype, self.device)
 
 
 def choose_packages(bundle: Bundle, device: str) -> EngineSet:
@@ -273,19 +233,9 @@ def _place(device: str) -> tuple[torch.device, str]:
     """Return where to run, and its name as packages record it."""
     if device == "cpu":
         return torch.device("cpu"), host_device()
-    if not torch.cuda.is_available():
-        built = "" if torch.version.cuda else ", and this PyTorch is built without CUDA"
-        raise UnsupportedTargetError(
-            f"{NAME} on cuda needs an NVIDIA GPU, and PyTorch finds no CUDA device{built}; run where there is one, or "
-            "with --device cpu"
-        )
+    gpu = current_gpu(NAME)
     major, minor = torch.cuda.get_device_capability()
-    return torch.device("cuda", torch.cuda.current_device()), f"{torch.cuda.get_device_name()} ({major}.{minor})"
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a CUDA device the current one for a while: a package that is loaded for another changes that for good."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return gpu, f"{torch.cuda.get_device_name()} ({major}.{minor})"
 
 
 def _load(path: str, device: torch.device) -> Any:

@@ -1,7 +1,7 @@
 """Work captured as CUDA graphs, and pinned memory through which its inputs come."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -135,8 +135,3 @@ def _recover(device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None
         graph, own = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=own, stream=stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=device)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a CUDA device the current one for a while."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

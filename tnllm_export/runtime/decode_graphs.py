@@ -25,8 +25,9 @@ from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.fused_decode import FusedDecoder
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime.ahead import HostCopy, Underway
-from tnllm_export.runtime.cuda_graphs import Capture, Captured, CudaCapture, Staging, on_device, send_token
+from tnllm_export.runtime.cuda_graphs import Capture, Captured, CudaCapture, Staging, send_token
 from tnllm_export.runtime.device_memory import gibibytes, reporting_out_of_memory
+from tnllm_export.runtime.gpu import on_device
 from tnllm_export.runtime.state import StateHandle
 
 MOST_GRAPHS = 4

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tnllm_export.bundle import Bundle
-from tnllm_export.errors import RuntimeMissingError, UnsupportedTargetError
+from tnllm_export.errors import RuntimeMissingError
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
+from tnllm_export.runtime.gpu import current_gpu
 from tnllm_export.runtime.onnxruntime import import_onnxruntime, named
 from tnllm_export.runtime.onnxruntime_graphs import LET_GO, PROVIDER, DecodeSlots, Lease, Program, empty_state
 from tnllm_export.runtime.protocol import RuntimeInfo, State
@@ -49,7 +50,7 @@ class OnnxRuntimeCuda:
         """
         target = check_supported(bundle, "onnxruntime", "cuda")
         ort = import_onnxruntime_gpu()
-        device = _current_gpu()
+        device = current_gpu(target.runtime)
         with reporting_out_of_memory(
             device, f"{bundle.path}: loading the weights", "free it for others' work, or run with --device cpu"
         ):
@@ -156,13 +157,3 @@ def read_weights(ort: Any, bundle: Bundle, device: torch.device) -> dict[str, An
     with safe_open(bundle.weights_path, framework="pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no dict
     return {name: ort.OrtValue.from_dlpack(tensor) for name, tensor in tensors.items()}
-
-
-def _current_gpu() -> torch.device:
-    if not torch.cuda.is_available():
-        built = "" if torch.version.cuda else ", and this PyTorch is built without CUDA"
-        raise UnsupportedTargetError(
-            f"onnxruntime on cuda needs an NVIDIA GPU, and PyTorch finds no CUDA device{built}; run where there is "
-            "one, or with --device cpu"
-        )
-    return torch.device("cuda", torch.cuda.current_device())

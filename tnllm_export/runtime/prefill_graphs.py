@@ -21,9 +21,10 @@ from tnllm_export.kernels.dispatch import Choice, kernel_choice
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.fused_prefill import prefill
 from tnllm_export.models.modeling import TransnormerForCausalLM
-from tnllm_export.runtime.cuda_graphs import Capture, Captured, CudaCapture, Staging, on_device
+from tnllm_export.runtime.cuda_graphs import Capture, Captured, CudaCapture, Staging
 from tnllm_export.runtime.decode_graphs import graph_batch
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
+from tnllm_export.runtime.gpu import on_device
 from tnllm_export.runtime.state import StateHandle
 
 MOST_TOKENS = 2048

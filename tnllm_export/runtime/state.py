@@ -72,6 +72,18 @@ def check_batch(batch: int) -> None:
         raise StateError(f"batch is {batch}; expected at least 1 sequence")
 
 
+def state_shapes(config: TransnormerConfig) -> list[tuple[int, ...]]:
+    """Return the shape [H, K, V] of one sequence's state, layer by layer."""
+    return [config.state_shape(layer, 1)[1:] for layer in range(config.decoder_layers)]
+
+
+def zero_state(shapes: Sequence[tuple[int, ...]], batch: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return the all-zero state of each layer, [B, H, K, V], for the shapes of one sequence."""
+    zeros = [torch.empty((batch, *shape), dtype=dtype, device=device) for shape in shapes]
+    torch._foreach_zero_(zeros)  # a kernel or two, where each layer's own would take the host longer
+    return zeros
+
+
 def select_sequences(tensors: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
     """Copy the sequences at these places of a state, on its device. Raises StateError, DeviceMemoryError."""
     batch, device = tensors[0].shape[0], tensors[0].device

@@ -17,6 +17,7 @@ from tnllm_export.bundle import Bundle
 from tnllm_export.bundle.engines import ProfileRecord
 from tnllm_export.errors import ProfileError, UnsupportedTargetError
 from tnllm_export.runtime.engines import Gpu, check_fits, choose_engines, deserialize
+from tnllm_export.runtime.gpu import no_gpu
 from tnllm_export.runtime.protocol import RuntimeInfo, State
 from tnllm_export.runtime.state import StateHandle, check_batch, check_handle, check_state_tensors
 from tnllm_export.runtime.support import check_supported, weights_id
@@ -229,11 +230,10 @@ class _DecodeSteps:
 
 def current_gpu(name: str) -> Gpu:
     """Return the current CUDA device. Raises UnsupportedTargetError where there is none."""
-    if not torch.cuda.is_available():
-        built = "" if torch.version.cuda else ", and this PyTorch is built without CUDA"
+    reason = no_gpu()
+    if reason is not None:
         raise UnsupportedTargetError(
-            f"{name} runs on NVIDIA GPUs, and PyTorch finds no CUDA device{built}; run where there is one, or use the "
-            "runtime onnxruntime or torch"
+            f"{name} runs on NVIDIA GPUs, and {reason}; run where there is one, or use the runtime onnxruntime or torch"
         )
     major, minor = torch.cuda.get_device_capability()
     return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")

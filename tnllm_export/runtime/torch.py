@@ -6,30 +6,31 @@ runs any number of tokens at once.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Literal, Self, cast
+from typing import Literal, Self
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from tnllm_export.bundle import Bundle
-from tnllm_export.errors import DeviceMemoryError, UnsupportedTargetError
+from tnllm_export.errors import DeviceMemoryError
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.decay import slope_rates
 from tnllm_export.models.fused_prefill import prefill
 from tnllm_export.models.modeling import GatedLinearAttention, Logits, TransnormerForCausalLM
-from tnllm_export.runtime.ahead import Underway
 from tnllm_export.runtime.cuda_graphs import Capture
 from tnllm_export.runtime.decode_graphs import DecodeGraphs, GraphState
 from tnllm_export.runtime.device_memory import reporting_out_of_memory
+from tnllm_export.runtime.gpu import current_gpu
+from tnllm_export.runtime.graph_runtime import GraphRuntime
 from tnllm_export.runtime.prefill_graphs import PrefillGraphs
 from tnllm_export.runtime.protocol import RuntimeInfo, State
-from tnllm_export.runtime.state import check_batch, check_handle, check_state_tensors, select_sequences
+from tnllm_export.runtime.state import check_handle
 from tnllm_export.runtime.support import check_supported, weights_id
-from tnllm_export.runtime.validation import check_decode, check_decode_ahead, check_prefill
+from tnllm_export.runtime.validation import check_prefill
 
 
-class TorchRuntime:
+class TorchRuntime(GraphRuntime):
     """Runs `TransnormerForCausalLM` under `torch.inference_mode`; the model is used as it is, on its device.
 
     A float64 model works too: its states and logits are float64. Logits stay on the device. A state that was decoded on
@@ -54,27 +55,25 @@ class TorchRuntime:
                 at all.
         """
         weight = model.lm_head.weight
+        graphs: DecodeGraphs | None = None
         self._model = model
-        self._device = weight.device
-        config = model.config
-        self._state_shapes = [config.state_shape(layer, 1)[1:] for layer in range(config.decoder_layers)]
-        self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         if capture is not None and (capture != "auto" or weight.device.type == "cuda"):
             chosen = None if capture == "auto" else capture
-            self._graphs = DecodeGraphs(model, chosen)
+            graphs = DecodeGraphs(model, chosen)
             if logits == "last":  # those of all tokens alone would take more memory than all else in a graph
                 self._prefill_graphs = PrefillGraphs(model, chosen)
         self._logits: Logits = logits
-        self._info = RuntimeInfo(
+        info = RuntimeInfo(
             name="torch",
             device=weight.device.type,
             dtype=str(weight.dtype).removeprefix("torch."),
             config=model.config,
             logits=logits,
             weights_id=weights_id,
-            runs_ahead=self._graphs is not None,
+            runs_ahead=graphs is not None,
         )
+        super().__init__(info, weight.device, graphs, model.state_dtype)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> Self:
@@ -89,7 +88,7 @@ class TorchRuntime:
         check_supported(bundle, "torch", device)
         if threads is not None:
             torch.set_num_threads(threads)
-        place = torch.device(device) if device == "cpu" else _current_gpu()
+        place = torch.device(device) if device == "cpu" else current_gpu("torch")
         tensors = {}
         way_out = "free it for others' work, or load the bundle with --device cpu"
         with (
@@ -102,23 +101,9 @@ class TorchRuntime:
         return cls(model, logits=bundle.manifest.logits, weights_id=weights_id(bundle))
 
     @property
-    def info(self) -> RuntimeInfo:
-        """What is loaded."""
-        return self._info
-
-    @property
     def model(self) -> TransnormerForCausalLM:
         """The eager model."""
         return self._model
-
-    def initial_state(self, batch: int) -> State:
-        """Return the all-zero state of `batch` sequences."""
-        check_batch(batch)
-        dtype = self._model.state_dtype
-        with reporting_out_of_memory(self._device, f"a state of {batch} sequences", "take fewer at once"):
-            zeros = [torch.empty((batch, *shape), dtype=dtype, device=self._device) for shape in self._state_shapes]
-            torch._foreach_zero_(zeros)  # a kernel or two, where each layer's own would take the host longer
-            return GraphState(self, zeros)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, lengths: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
@@ -140,40 +125,11 @@ class TorchRuntime:
                 logits, present = self._model(ids, counts, places, handle.tensors, self._logits)
         return logits, GraphState(self, present)
 
-    @torch.inference_mode()
-    def decode(self, input_ids: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
-        """Feed input_ids [B, 1] and consume `state`; see `Runtime.decode`. Raises DeviceMemoryError as prefill does."""
-        check_decode(self._info.config.vocab_size, input_ids, positions)
-        handle = cast(GraphState, check_handle(self, state, input_ids.shape[0]))
-        if self._graphs is not None:
-            return self._graphs.decode(input_ids, positions, handle)
+    def _decode_uncaptured(
+        self, input_ids: Tensor, positions: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
         with reporting_out_of_memory(self._device, "decode", "let go of states that are not needed any more"):
-            logits, present = self._model.decode(input_ids.to(self._device), positions.to(self._device), handle.tensors)
-        handle.consumed = True
-        return logits, GraphState(self, present)
-
-    @torch.inference_mode()
-    def decode_ahead(self, input_ids: Tensor | None, positions: Tensor | None, state: State) -> tuple[Underway, State]:
-        """Enqueue a step and a choice without waiting, where steps are captured; see `RunsAhead.decode_ahead`."""
-        check_decode_ahead(self._info, input_ids, positions)
-        handle = cast(GraphState, check_handle(self, state, None if input_ids is None else len(input_ids)))
-        assert self._graphs is not None
-        return self._graphs.decode_ahead(input_ids, positions, handle)
-
-    @torch.inference_mode()
-    def select(self, state: State, places: Sequence[int]) -> State:
-        """Copy some sequences of a state on its device; see `RunsAhead.select`."""
-        return GraphState(self, select_sequences(check_handle(self, state, None).tensors, places))
-
-    def host_state(self, state: State) -> list[Tensor]:
-        """Copy a state to the host: one [B, H, K, V] per layer."""
-        return [tensor.detach().to("cpu", copy=True) for tensor in check_handle(self, state, None).tensors]
-
-    def device_state(self, tensors: list[Tensor]) -> State:
-        """Copy host tensors into a new state."""
-        check_state_tensors(self._info.config, tensors, self._model.state_dtype)
-        with reporting_out_of_memory(self._device, "a state", "let go of states that are not needed any more"):
-            return GraphState(self, [tensor.detach().to(self._device, copy=True) for tensor in tensors])
+            return self._model.decode(input_ids.to(self._device), positions.to(self._device), past)
 
 
 def model_over(config: TransnormerConfig, tensors: dict[str, Tensor], device: torch.device) -> TransnormerForCausalLM:
@@ -192,14 +148,3 @@ def model_over(config: TransnormerConfig, tensors: dict[str, Tensor], device: to
         rates = slope_rates(config.decay_type, layer, config.decoder_layers, config.decoder_attention_heads)
         mixer.slope_rate = rates.to(device)
     return model.requires_grad_(False)
-
-
-def _current_gpu() -> torch.device:
-    """The current CUDA device. Raises UnsupportedTargetError where PyTorch finds none."""
-    if not torch.cuda.is_available():
-        built = "" if torch.version.cuda else ", and this PyTorch is built without CUDA"
-        raise UnsupportedTargetError(
-            f"torch on cuda needs an NVIDIA GPU, and PyTorch finds no CUDA device{built}; run where there is one, or "
-            "with --device cpu"
-        )
-    return torch.device("cuda", torch.cuda.current_device())
