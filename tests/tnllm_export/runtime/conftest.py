@@ -1,28 +1,22 @@
 """A tiny model with random weights: three heads, LRPE in the first of two layers, and a bundle of it."""
 
-import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
 from tests.plugins.fake import shared_folder
-from tests.tnllm_export.runtime.fake_graphs import captured_on_the_cpu
+from tests.tnllm_export.runtime.fake_graphs import Capture
+from tests.tnllm_export.runtime.runtimes import Packaged, make_runtime
 from tnllm_export.build import EngineOptions, build_engines
 from tnllm_export.bundle import Bundle, open_bundle
 from tnllm_export.export import export_bundle
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
-from tnllm_export.runtime import Runtime, TorchRuntime, load_runtime
-from tnllm_export.runtime.onnxruntime_cuda import OnnxRuntimeCuda
-from tnllm_export.runtime.onnxruntime_graphs import PROVIDER, Program
-
-Packaged = Callable[[str], Bundle]
+from tnllm_export.runtime import Runtime, TorchRuntime
 
 
 @pytest.fixture(scope="session")
@@ -79,32 +73,23 @@ def packaged(model: TransnormerForCausalLM, tmp_path_factory: pytest.TempPathFac
         pytest.param("aotinductor-cuda", marks=pytest.mark.gpu),
     ],
 )
-def runtime(request: pytest.FixtureRequest, model: TransnormerForCausalLM) -> Runtime:
-    if request.param == "torch captured":
-        return TorchRuntime(model, capture=captured_on_the_cpu)
-    if request.param == "torch-cuda":
-        return TorchRuntime(copy.deepcopy(model).to("cuda"))
-    if request.param.startswith("aotinductor"):
-        device = "cuda" if request.param == "aotinductor-cuda" else "cpu"
-        packaged: Packaged = request.getfixturevalue("packaged")
-        return load_runtime(packaged(device), "aotinductor", device=device)
-    bundle: Bundle = request.getfixturevalue("bundle")
-    if request.param == "onnxruntime slots":
-        return OnnxRuntimeCuda(
-            load_runtime(bundle, "onnxruntime").info,
-            *map(program_on_the_cpu, (bundle.prefill_path, bundle.decode_path)),
-        )
-    if request.param == "onnxruntime-cuda":
-        if PROVIDER not in onnxruntime.get_available_providers():
-            pytest.skip(f"onnxruntime has no {PROVIDER}")
-        return load_runtime(bundle, "onnxruntime", device="cuda")
-    return load_runtime(bundle, request.param, threads=1)
+def runtime(request: pytest.FixtureRequest) -> Runtime:
+    return make_runtime(request)
 
 
-def program_on_the_cpu(path: Path) -> Program:
-    """What `OnnxRuntimeCuda` runs on a GPU."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return Program(session, torch.device("cpu"), run_options=onnxruntime.RunOptions)
+@pytest.fixture
+def capture() -> Capture:
+    return Capture()
+
+
+@pytest.fixture
+def captured(model: TransnormerForCausalLM, capture: Capture) -> TorchRuntime:
+    return TorchRuntime(model, capture=capture)
+
+
+@pytest.fixture
+def eager(model: TransnormerForCausalLM) -> TorchRuntime:
+    return TorchRuntime(model, capture=None)
 
 
 def write_checkpoint(model: TransnormerForCausalLM, folder: Path) -> None:

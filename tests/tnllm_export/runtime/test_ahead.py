@@ -1,50 +1,29 @@
 """Steps started before the host has seen the token they feed answer as steps in turns, whatever comes between them."""
 
-import copy
 import math
-from collections.abc import Callable
 from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.tnllm_export.runtime.fake_graphs import captured_on_the_cpu
-from tnllm_export.bundle import Bundle
+from tests.tnllm_export.runtime.runtimes import make_runtime
+from tests.tnllm_export.runtime.states import some_state
 from tnllm_export.errors import DeviceMemoryError, PromptError, RequestError, StateError
-from tnllm_export.models.modeling import TransnormerForCausalLM
-from tnllm_export.runtime import Runtime, State, TorchRuntime, load_runtime
+from tnllm_export.runtime import Runtime, TorchRuntime
 from tnllm_export.runtime.ahead import RunsAhead
 from tnllm_export.runtime.decode_graphs import MOST_GRAPHS
-
-Packaged = Callable[[str], Bundle]
 
 
 @pytest.fixture(
     params=[
-        "captured",
+        pytest.param("torch captured", id="captured"),
         pytest.param("torch-cuda", marks=pytest.mark.gpu),
         pytest.param("aotinductor-cuda", marks=pytest.mark.gpu),
     ]
 )
-def runtime(request: pytest.FixtureRequest, model: TransnormerForCausalLM) -> RunsAhead:
-    if request.param == "captured":
-        return TorchRuntime(model, capture=captured_on_the_cpu)
-    if request.param == "torch-cuda":
-        return TorchRuntime(copy.deepcopy(model).to("cuda"))
-    packaged: Packaged = request.getfixturevalue("packaged")
-    return cast(RunsAhead, load_runtime(packaged("cuda"), "aotinductor", device="cuda"))
-
-
-@pytest.fixture
-def eager(model: TransnormerForCausalLM) -> TorchRuntime:
-    return TorchRuntime(model)
-
-
-def some_state(runtime: Runtime, batch: int, seed: int = 0) -> State:
-    generator = torch.Generator().manual_seed(seed)
-    zero = runtime.host_state(runtime.initial_state(batch))
-    return runtime.device_state([torch.randn(tensor.shape, generator=generator) for tensor in zero])
+def runtime(request: pytest.FixtureRequest) -> RunsAhead:
+    return cast(RunsAhead, make_runtime(request))
 
 
 def first(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:

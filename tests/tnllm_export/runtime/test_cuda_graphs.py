@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.tnllm_export.runtime.fake_graphs import Capture
+from tests.tnllm_export.runtime.states import some_state
 from tnllm_export.errors import DeviceMemoryError, PromptError, RuntimeTargetError, StateError
 from tnllm_export.kernels.dispatch import use_kernels
 from tnllm_export.models.fused_decode import FusedDecoder
@@ -18,29 +19,8 @@ from tnllm_export.runtime.cuda_graphs import CudaCapture
 from tnllm_export.runtime.decode_graphs import MOST_GRAPHS, decode_step, graph_batch
 
 
-@pytest.fixture
-def capture() -> Capture:
-    return Capture()
-
-
-@pytest.fixture
-def captured(model: TransnormerForCausalLM, capture: Capture) -> TorchRuntime:
-    return TorchRuntime(model, capture=capture)
-
-
-@pytest.fixture
-def eager(model: TransnormerForCausalLM) -> TorchRuntime:
-    return TorchRuntime(model)
-
-
 def ids(batch: int, seed: int = 0) -> Tensor:
     return torch.randint(97, (batch, 1), generator=torch.Generator().manual_seed(seed))
-
-
-def some_state(runtime: TorchRuntime, batch: int, seed: int = 0) -> State:
-    generator = torch.Generator().manual_seed(seed)
-    zero = runtime.host_state(runtime.initial_state(batch))
-    return runtime.device_state([torch.randn(tensor.shape, generator=generator) for tensor in zero])
 
 
 def step(runtime: TorchRuntime, state: State, seed: int = 0, position: int = 7) -> tuple[Tensor, State]:

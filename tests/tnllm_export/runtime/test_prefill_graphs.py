@@ -23,21 +23,6 @@ from tnllm_export.runtime.prefill_graphs import MOST_GRAPHS, PrefillGraphs, acti
 Answer = tuple[Tensor, State]
 
 
-@pytest.fixture
-def capture() -> Capture:
-    return Capture()
-
-
-@pytest.fixture
-def captured(model: TransnormerForCausalLM, capture: Capture) -> TorchRuntime:
-    return TorchRuntime(model, capture=capture)
-
-
-@pytest.fixture
-def eager(model: TransnormerForCausalLM) -> TorchRuntime:
-    return TorchRuntime(model, capture=None)
-
-
 def graphs(runtime: TorchRuntime) -> PrefillGraphs:
     assert runtime._prefill_graphs is not None
     return runtime._prefill_graphs
