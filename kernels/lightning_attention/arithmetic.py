@@ -1,4 +1,4 @@
-"""What the Triton kernels share: decay without drift, and matrix products of float32 tiles on tensor cores."""
+"""What the Triton kernels share: decay without drift, matrix products of float32 tiles on tensor cores, and waiting."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -69,3 +69,12 @@ def product_wide_right(a, b, c):
         return product(a, b_low, product(a, b_high, c))
     a_high, a_low = parts(a)
     return product(a_low, b_high, product(a_high, b_low, product(a_high, b_high, c)))
+
+
+@triton.jit
+def wait_for(p_count, least):
+    """Wait until other programs have counted up to `least`; what they stored before is seen then."""
+    found = tl.atomic_add(p_count, 0, sem="acquire")
+    while found < least:
+        found = tl.atomic_add(p_count, 0, sem="acquire")
+    tl.debug_barrier()

@@ -27,6 +27,16 @@ SCORED = gl.constexpr(12)
 DECAYED = gl.constexpr(14)
 BARRIERS = gl.constexpr(15)
 
+# Places in the tuple of all buffers in shared memory.
+AT_KEYS = gl.constexpr(0)
+AT_QUERIES = gl.constexpr(1)
+AT_VALUES = gl.constexpr(2)
+AT_DECAYED_HIGH = gl.constexpr(3)
+AT_DECAYED_LOW = gl.constexpr(4)
+AT_SCORES_HIGH = gl.constexpr(5)
+AT_SCORES_LOW = gl.constexpr(6)
+AT_BARRIERS = gl.constexpr(8)
+
 
 @gluon.jit
 def decayed(state, rate):
@@ -72,3 +82,12 @@ def tokens(i_segment, segment_chunks, n_chunks, length, REVERSE: gl.constexpr):
 def chunk_start(i, n_chunks, REVERSE: gl.constexpr):
     """First token of the i-th chunk on the way."""
     return ((n_chunks - 1 - i) if REVERSE else i) * C
+
+
+@gluon.jit
+def wait_for(p_count, least):
+    """As `arithmetic.wait_for`."""
+    found = gl.atomic_add(p_count, 0, sem="acquire")
+    while found < least:
+        found = gl.atomic_add(p_count, 0, sem="acquire")
+    barrier()

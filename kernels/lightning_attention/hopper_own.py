@@ -16,6 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
+    AT_BARRIERS,
+    AT_KEYS,
+    AT_VALUES,
     BV,
     DECAYED,
     EMPTY,
@@ -37,6 +40,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     parts,
     split,
     tokens,
+    wait_for,
 )
 
 
@@ -55,7 +59,7 @@ def own(  # noqa: PLR0912, PLR0915
     STORE_STATE: gl.constexpr,
 ):
     """Own half of a program's columns: bring their state to the start of the segment, then answer its queries."""
-    barriers = buffers[8]
+    barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     walk_begin, walk_end, first, end, column = way
     i_segment, n_segments, segment_chunks, heads = place
@@ -98,10 +102,7 @@ def own(  # noqa: PLR0912, PLR0915
         since = i_segment * 0  # tokens from there to here
         while (i_segment < n_segments) & (i_before > 0) & (slope * since < NEGLIGIBLE):
             i_before -= 1
-            ready = gl.atomic_add(p_ready + i_before * heads, 0, sem="acquire")
-            while ready < 2:  # both halves
-                ready = gl.atomic_add(p_ready + i_before * heads, 0, sem="acquire")
-            barrier()
+            wait_for(p_ready + i_before * heads, 2)  # both halves
             state += decayed(gl.load(p_slots + i_before * slot_stride, cache_modifier=".cg"), slope * since)
             since += tokens(i_before, segment_chunks, n_chunks, length, REVERSE)
 
@@ -116,10 +117,7 @@ def own(  # noqa: PLR0912, PLR0915
             if HANDOVER == "lookback":  # noqa: SIM102
                 if i_segment > 0:
                     # In place: a head that forgets soon has not waited for the segment that reads the past state.
-                    ready = gl.atomic_add(p_ready, 0, sem="acquire")
-                    while ready < 2:
-                        ready = gl.atomic_add(p_ready, 0, sem="acquire")
-                    barrier()
+                    wait_for(p_ready, 2)
             p_present = p_present_state + k_index[None, :] * present_stride_k
             gl.store(p_present + v_index[:, None] * present_stride_v, state)
 
@@ -213,9 +211,9 @@ def _walk(state, half, buffers, sequence, origin, begin, end, state_layout: gl.c
 
     No output: one long sum of values that decay until the end.
     """
-    keys = buffers[0]
-    values = buffers[2]
-    barriers = buffers[8]
+    keys = buffers[AT_KEYS]
+    values = buffers[AT_VALUES]
+    barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
     # First and last token.

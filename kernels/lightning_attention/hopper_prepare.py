@@ -17,6 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
+    AT_BARRIERS,
+    AT_DECAYED_HIGH,
+    AT_DECAYED_LOW,
+    AT_KEYS,
+    AT_QUERIES,
+    AT_SCORES_HIGH,
+    AT_SCORES_LOW,
+    AT_VALUES,
     DECAYED,
     EMPTY,
     FACTORED_RATE,
@@ -38,9 +46,9 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
 @gluon.jit
 def prepare(buffers, sequence, way, query, key, value, REVERSE: gl.constexpr):
     """Bring the chunks of a walk, then what the owners need to answer the queries of a segment."""
-    keys = buffers[0]
-    values = buffers[2]
-    barriers = buffers[8]
+    keys = buffers[AT_KEYS]
+    values = buffers[AT_VALUES]
+    barriers = buffers[AT_BARRIERS]
     slope = sequence[0]
     n_chunks = sequence[1]
     walk_begin, walk_end, first, end, column = way
@@ -66,7 +74,7 @@ def prepare(buffers, sequence, way, query, key, value, REVERSE: gl.constexpr):
 
 @gluon.jit
 def _prepare_chunks(tensors, buffers, sequence, first, end, column, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
-    barriers = buffers[8]
+    barriers = buffers[AT_BARRIERS]
     n_chunks = sequence[1]
     if first < end:
         scores = _start_scores(buffers, 0)
@@ -91,9 +99,9 @@ def _prepare_chunks(tensors, buffers, sequence, first, end, column, REVERSE: gl.
 @gluon.jit
 def _start_scores(buffers, n):
     """Wait for the n-th chunk and start the product of its keys and queries, [C, C]."""
-    keys = buffers[0]
-    queries = buffers[1]
-    barriers = buffers[8]
+    keys = buffers[AT_KEYS]
+    queries = buffers[AT_QUERIES]
+    barriers = buffers[AT_BARRIERS]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     stage = n % STAGES
     mbarrier.wait(barriers.index(FULL + stage), (n // STAGES) & 1)
@@ -105,9 +113,9 @@ def _start_scores(buffers, n):
 @gluon.jit
 def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
     """Wait for the scores of chunk i, the n-th here; scale, mask and publish them in two parts."""
-    scores_high = buffers[5]
-    scores_low = buffers[6]
-    barriers = buffers[8]
+    scores_high = buffers[AT_SCORES_HIGH]
+    scores_low = buffers[AT_SCORES_LOW]
+    barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     key_row = gl.arange(0, C, layout=gl.SliceLayout(1, layout)).to(gl.float32)
@@ -140,10 +148,10 @@ def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTOR
 @gluon.jit
 def _store_values(buffers, sequence, i, n, REVERSE: gl.constexpr):
     """Publish the values of chunk i, the n-th here, decayed until the chunk's end, in two parts."""
-    values = buffers[2]
-    decayed_high = buffers[3]
-    decayed_low = buffers[4]
-    barriers = buffers[8]
+    values = buffers[AT_VALUES]
+    decayed_high = buffers[AT_DECAYED_HIGH]
+    decayed_low = buffers[AT_DECAYED_LOW]
+    barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = gl.arange(0, C, layout=gl.SliceLayout(1, layout)).to(gl.float32)
@@ -166,12 +174,12 @@ def _store_values(buffers, sequence, i, n, REVERSE: gl.constexpr):
 def _load(tensors, buffers, i, stage, end, column, n_chunks, REVERSE: gl.constexpr):
     """Start to copy chunk i, if there is one, into the buffers of a stage."""
     query, key, value = tensors
-    keys = buffers[0]
-    queries = buffers[1]
-    values = buffers[2]
+    keys = buffers[AT_KEYS]
+    queries = buffers[AT_QUERIES]
+    values = buffers[AT_VALUES]
     wanted = i < end
     t0 = chunk_start(i, n_chunks, REVERSE)
-    full = buffers[8].index(FULL + stage)
+    full = buffers[AT_BARRIERS].index(FULL + stage)
     mbarrier.expect(full, key.block_type.nbytes * 2 + value.block_type.nbytes * 2, pred=wanted)
     tma.async_copy_global_to_shared(key, [t0, 0], full, keys.index(stage), pred=wanted)
     tma.async_copy_global_to_shared(query, [t0, 0], full, queries.index(stage), pred=wanted)

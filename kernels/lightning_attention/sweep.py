@@ -33,6 +33,7 @@ from tnllm_export.kernels.lightning_attention.arithmetic import (
     product,
     product_wide_left,
     product_wide_right,
+    wait_for,
 )
 
 NEGLIGIBLE = tl.constexpr(40.0)  # exp(-40) is 4e-18: what has decayed so far is not looked at
@@ -160,10 +161,7 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
             since = i_segment * 0  # tokens from there to here
             while (i_before > 0) & (slope * since < NEGLIGIBLE):
                 i_before -= 1
-                ready = tl.atomic_add(p_ready + i_before * heads, 0, sem="acquire")
-                while ready == 0:
-                    ready = tl.atomic_add(p_ready + i_before * heads, 0, sem="acquire")
-                tl.debug_barrier()
+                wait_for(p_ready + i_before * heads, 1)
                 state += decayed(tl.load(p_slots + i_before * slot_stride, cache_modifier=".cg"), slope * since)
                 since += _tokens(i_before, segment_chunks, n_chunks, length, C, REVERSE)
         else:
@@ -205,10 +203,7 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
                 if HANDOVER == "lookback":  # noqa: SIM102
                     if i_segment > 0:
                         # In place: a head that forgets soon has not waited for the segment that reads the past state.
-                        ready = tl.atomic_add(p_ready, 0, sem="acquire")
-                        while ready == 0:
-                            ready = tl.atomic_add(p_ready, 0, sem="acquire")
-                        tl.debug_barrier()
+                        wait_for(p_ready, 1)
                 p_present_state += i_b.to(tl.int64) * present_stride_b + i_h.to(tl.int64) * present_stride_h
                 p_present = p_present_state + k_column[None, :] * present_stride_k
                 tl.store(p_present + v_column[:, None] * present_stride_v, state, mask=state_mask)

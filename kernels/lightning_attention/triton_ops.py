@@ -22,6 +22,7 @@ from tnllm_export.kernels.lightning_attention.arithmetic import (
     product,
     product_wide_left,
     product_wide_right,
+    wait_for,
 )
 from tnllm_export.kernels.lightning_attention.step_kernel import step_kernel
 from tnllm_export.kernels.lightning_attention.step_plan import step_tile
@@ -247,10 +248,7 @@ def packaged_sweep_kernel(  # noqa: PLR0915
         if i_segment == 0:
             before = tl.load(p_past_state + state_tile, mask=state_mask, other=0.0)
         else:
-            passed_on = tl.atomic_add(p_passed_on, 0, sem="acquire")
-            while passed_on < i_segment:
-                passed_on = tl.atomic_add(p_passed_on, 0, sem="acquire")
-            tl.debug_barrier()
+            wait_for(p_passed_on, i_segment)
             before = tl.load(p_slots + (i_segment % 2) * slot_stride, cache_modifier=".cg")
         if i_segment < n_segments - 1:
             after = decayed(before, slope * (SEGMENT_CHUNKS * C)) + state
