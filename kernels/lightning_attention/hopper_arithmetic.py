@@ -13,6 +13,7 @@ HALF = gl.constexpr(64)  # columns of the state that one group of warps owns
 BV = gl.constexpr(128)  # and that a program owns
 STAGES = gl.constexpr(3)  # chunks whose queries, keys and values have a buffer
 SCORE_STAGES = gl.constexpr(2)  # chunks whose scores have one
+OUT_STAGES = gl.constexpr(2)  # chunks whose output has one
 LOG2_E = gl.constexpr(1.4426950408889634)
 SLOW_RATE = gl.constexpr(0.6931471805599453)
 FACTORED_RATE = gl.constexpr(1.0)  # up to it, a chunk's decay and its inverse are far from the ends of float32
@@ -24,18 +25,16 @@ EMPTY = gl.constexpr(3)
 WALK_FULL = gl.constexpr(6)
 WALK_EMPTY = gl.constexpr(9)
 SCORED = gl.constexpr(12)
-DECAYED = gl.constexpr(14)
-BARRIERS = gl.constexpr(15)
+BARRIERS = gl.constexpr(14)
 
 # Places in the tuple of all buffers in shared memory.
 AT_KEYS = gl.constexpr(0)
 AT_QUERIES = gl.constexpr(1)
 AT_VALUES = gl.constexpr(2)
-AT_DECAYED_HIGH = gl.constexpr(3)
-AT_DECAYED_LOW = gl.constexpr(4)
-AT_SCORES_HIGH = gl.constexpr(5)
-AT_SCORES_LOW = gl.constexpr(6)
-AT_BARRIERS = gl.constexpr(8)
+AT_SCORES_HIGH = gl.constexpr(3)
+AT_SCORES_LOW = gl.constexpr(4)
+AT_DECAYS = gl.constexpr(6)
+AT_BARRIERS = gl.constexpr(7)
 
 
 @gluon.jit
@@ -57,6 +56,26 @@ def split(x):
     """Two bfloat16 tiles whose sum is x but for 2^-16 of it."""
     high = (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
     return high.to(gl.bfloat16), (x - high).to(gl.bfloat16)
+
+
+@gluon.jit
+def scaled_parts(x, high_factor, low_factor):
+    """Two bfloat16 tiles whose sum is x (high_factor + low_factor) but for 2^-17 of it, all of them bfloat16.
+
+    Two elements at a time. What rounding x high_factor leaves out is a bfloat16 number itself.
+    """
+    high = gl.inline_asm_elementwise(
+        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, high_factor], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+    low = gl.inline_asm_elementwise(
+        "{ .reg .b32 rest; neg.bf16x2 rest, $3; fma.rn.bf16x2 rest, $1, $2, rest; fma.rn.bf16x2 $0, $1, $4, rest; }",
+        "=r,r,r,r,r",
+        [x, high_factor, high, low_factor],
+        dtype=gl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+    return high, low
 
 
 @gluon.jit

@@ -1,6 +1,7 @@
 """The two groups of warps that own the state in `sweep_hopper.py`, half of a program's columns each.
 
-What they read lies in shared memory: chunks of the tensors, and what `hopper_prepare.py` has made of them.
+What they read lies in shared memory: chunks of the tensors, and what `hopper_prepare.py` has made of them. The values
+decay on their way into registers.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -20,13 +21,13 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     AT_KEYS,
     AT_VALUES,
     BV,
-    DECAYED,
     EMPTY,
     FACTORED_RATE,
     FULL,
     HALF,
     LOG2_E,
     NEGLIGIBLE,
+    OUT_STAGES,
     SCORE_STAGES,
     SCORED,
     STAGES,
@@ -38,6 +39,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     decay_factors,
     decayed,
     parts,
+    scaled_parts,
     split,
     tokens,
     wait_for,
@@ -142,12 +144,12 @@ def _answer(  # noqa: PLR0915
     FACTORED scores are divided by d_j, all products add up in one accumulator, and d_i comes last. Else each score is
     multiplied by its own d_i / d_j, which never overflows.
     """
-    keys, queries, values, decayed_high, decayed_low, scores_high, scores_low, out, barriers = buffers
+    keys, queries, values, scores_high, scores_low, out, decays, barriers = buffers
     slope, n_chunks, length = sequence
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
+    decayed_operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
     query_row = gl.arange(0, C, layout=gl.SliceLayout(0, chunk_layout)).to(gl.float32)
-    answer = out.index(half)
     debt = slope * 0.0
     for i in range(first, end):
         n = i - first
@@ -185,23 +187,27 @@ def _answer(  # noqa: PLR0915
             o = warpgroup_mma(v, high_scores, o, is_async=True)
             o = warpgroup_mma(v, low_scores, o, is_async=True)
 
-        mbarrier.wait(barriers.index(DECAYED), n & 1)
-        state = warpgroup_mma(decayed_high.index(half).permute((1, 0)), k, state, is_async=True)
-        state = warpgroup_mma(decayed_low.index(half).permute((1, 0)), k, state, is_async=True)
+        decay_high = decays.index(n % SCORE_STAGES * 2).load(gl.SliceLayout(0, decayed_operand))
+        decay_low = decays.index(n % SCORE_STAGES * 2 + 1).load(gl.SliceLayout(0, decayed_operand))
+        upper, lower = scaled_parts(v.load(decayed_operand), decay_high[None, :], decay_low[None, :])
+        state = warpgroup_mma(upper, k, state, is_async=True)
+        state = warpgroup_mma(lower, k, state, is_async=True)
 
         o = warpgroup_mma_wait(2, deps=(o,))
         if FACTORED:
             o = o * gl.exp2(exponent)[None, :]
         # A query beyond the last valid token is 0, and so is its output.
+        answer = out.index(n % OUT_STAGES * 2 + half)
         answer.permute((1, 0)).store(o.to(gl.bfloat16))
         fence_async_shared()
         barrier()
         tma.async_copy_shared_to_global(output, [t0, column + half * HALF], answer)
-        state = warpgroup_mma_wait(0, deps=(state,))
-        tma.store_wait(0)
+        state, upper, lower = warpgroup_mma_wait(0, deps=(state, upper, lower))
+        tma.store_wait(OUT_STAGES - 1)
         # Every warp is done with the buffers.
         barrier()
         mbarrier.arrive(barriers.index(EMPTY + stage), count=1)
+    tma.store_wait(0)
     return state
 
 
@@ -230,10 +236,10 @@ def _walk(state, half, buffers, sequence, origin, begin, end, state_layout: gl.c
         stage = n % STAGES
         token = chunk_start(i, n_chunks, REVERSE) + gl.arange(0, C, layout=gl.SliceLayout(0, operand))
         left = token - low + 1 if REVERSE else high - token
-        decay = gl.exp2(rate * gl.maximum(left, 0))
+        decay_high, decay_low = split(gl.exp2(rate * gl.maximum(left, 0)))
         mbarrier.wait(barriers.index(WALK_FULL + stage), (n // STAGES) & 1)
-        v = values.index(stage * 2 + half).permute((1, 0)).load(operand).to(gl.float32)
-        upper, lower = split(v * decay[None, :])
+        v = values.index(stage * 2 + half).permute((1, 0))
+        upper, lower = scaled_parts(v.load(operand), decay_high[None, :], decay_low[None, :])
         # The operands of a product stay where they are until it is done.
         sum_ = warpgroup_mma(upper, keys.index(stage), state, is_async=True)
         sum_ = warpgroup_mma(lower, keys.index(stage), sum_, is_async=True)

@@ -1,7 +1,6 @@
 """The group of warps that prepares for the owners of the state in `sweep_hopper.py`.
 
-It starts all copies, so it is the one that waits for free buffers. Scores it makes one chunk ahead; decayed values,
-which have one buffer, as soon as the chunk before is answered.
+It starts all copies, so it is the one that waits for free buffers, and makes scores and decays up to two chunks ahead.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -18,14 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     AT_BARRIERS,
-    AT_DECAYED_HIGH,
-    AT_DECAYED_LOW,
+    AT_DECAYS,
     AT_KEYS,
     AT_QUERIES,
     AT_SCORES_HIGH,
     AT_SCORES_LOW,
     AT_VALUES,
-    DECAYED,
     EMPTY,
     FACTORED_RATE,
     FULL,
@@ -87,13 +84,7 @@ def _prepare_chunks(tensors, buffers, sequence, first, end, column, REVERSE: gl.
             free = (n - 2) % STAGES
             mbarrier.wait(barriers.index(EMPTY + free), ((n - 2) // STAGES + 1) & 1)
             _load(tensors, buffers, i + 1, free, end, column, n_chunks, REVERSE)
-        _store_values(buffers, sequence, i - 1, n - 1, REVERSE)
         _store_scores(scores, buffers, sequence, i, n, REVERSE, FACTORED)
-    if first < end:
-        n = end - first
-        if n > 1:
-            mbarrier.wait(barriers.index(EMPTY + (n - 2) % STAGES), ((n - 2) // STAGES + 1) & 1)
-        _store_values(buffers, sequence, end - 1, n - 1, REVERSE)
 
 
 @gluon.jit
@@ -112,9 +103,10 @@ def _start_scores(buffers, n):
 
 @gluon.jit
 def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
-    """Wait for the scores of chunk i, the n-th here; scale, mask and publish them in two parts."""
+    """Wait for the scores of chunk i, the n-th here; publish them scaled and masked, and the values' decay."""
     scores_high = buffers[AT_SCORES_HIGH]
     scores_low = buffers[AT_SCORES_LOW]
+    decays = buffers[AT_DECAYS]
     barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
@@ -140,34 +132,15 @@ def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTOR
     stage = n % SCORE_STAGES
     scores_high.index(stage).store(high)
     scores_low.index(stage).store(low)
+    # Values decay until the chunk's end.
+    row = gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])).to(gl.float32)
+    exponent = rate * (row + 1) if REVERSE else gl.minimum(rate * (count - 1 - row), 0.0)
+    high, low = split(gl.exp2(exponent))
+    decays.index(stage * 2).store(high)
+    decays.index(stage * 2 + 1).store(low)
     fence_async_shared()
     barrier()
     mbarrier.arrive(barriers.index(SCORED + stage), count=1)
-
-
-@gluon.jit
-def _store_values(buffers, sequence, i, n, REVERSE: gl.constexpr):
-    """Publish the values of chunk i, the n-th here, decayed until the chunk's end, in two parts."""
-    values = buffers[AT_VALUES]
-    decayed_high = buffers[AT_DECAYED_HIGH]
-    decayed_low = buffers[AT_DECAYED_LOW]
-    barriers = buffers[AT_BARRIERS]
-    slope, n_chunks, length = sequence
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, C, layout=gl.SliceLayout(1, layout)).to(gl.float32)
-    count = gl.minimum(length - chunk_start(i, n_chunks, REVERSE), C)
-    rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
-    exponent = rate * row
-    exponent = exponent + rate if REVERSE else gl.minimum(rate * (count - 1) - exponent, 0.0)
-    decay = gl.exp2(exponent)[:, None]
-    for half in gl.static_range(2):
-        v = values.index(n % STAGES * 2 + half).load(layout).to(gl.float32)
-        high, low = split(v * decay)
-        decayed_high.index(half).store(high)
-        decayed_low.index(half).store(low)
-    fence_async_shared()
-    barrier()
-    mbarrier.arrive(barriers.index(DECAYED), count=1)
 
 
 @gluon.jit

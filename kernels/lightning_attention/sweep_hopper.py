@@ -8,8 +8,8 @@ memory only. Two of them own 64 columns of the state each, in registers (`hopper
     O += Vᵀ scores
     S = decay S + Vᵀ K      the values decayed, while O is written
 
-and the third prepares for both (`hopper_prepare.py`): it starts the copies, two chunks ahead, makes the scores, one
-chunk ahead, and lets the values decay. So the tensor cores have work while a group computes.
+and the third prepares for both (`hopper_prepare.py`): it starts the copies and makes the scores, up to two chunks
+ahead. So the tensor cores have work while a group computes.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -21,11 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     BARRIERS,
     BV,
-    DECAYED,
     EMPTY,
     FULL,
     HALF,
     NEGLIGIBLE,
+    OUT_STAGES,
     SCORE_STAGES,
     SCORED,
     STAGES,
@@ -39,7 +39,7 @@ from tnllm_export.kernels.lightning_attention.hopper_prepare import prepare
 
 # 168 for each thread are there at the start; the owners need more, who prepares does with less.
 OWNER_REGISTERS = gl.constexpr(208)
-PREPARE_REGISTERS = gl.constexpr(96)
+PREPARE_REGISTERS = gl.constexpr(88)
 
 
 # One variant for all numbers of tokens and heads.
@@ -131,11 +131,10 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0915
     keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, K], row_tile)
     queries = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, K], row_tile)
     values = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, C, HALF], value_tile)
-    decayed_high = gl.allocate_shared_memory(gl.bfloat16, [2, C, HALF], value_tile)
-    decayed_low = gl.allocate_shared_memory(gl.bfloat16, [2, C, HALF], value_tile)
     scores_high = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES, C, C], value_tile)
     scores_low = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES, C, C], value_tile)
-    out = gl.allocate_shared_memory(gl.bfloat16, [2, C, HALF], value_tile)
+    out = gl.allocate_shared_memory(gl.bfloat16, [OUT_STAGES * 2, C, HALF], value_tile)
+    decays = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES * 2, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     barriers = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(barriers.index(FULL + stage), count=1)
@@ -144,7 +143,6 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0915
         mbarrier.init(barriers.index(WALK_EMPTY + stage), count=2)
     for stage in gl.static_range(SCORE_STAGES):
         mbarrier.init(barriers.index(SCORED + stage), count=1)
-    mbarrier.init(barriers.index(DECAYED), count=1)
     fence_async_shared()
     barrier()
 
@@ -167,7 +165,7 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0915
     p_present_state += i_b.to(gl.int64) * present_stride_b + i_h.to(gl.int64) * present_stride_h
     p_slots = p_carry + i_column.to(gl.int64) * (K * BV)
     p_ready = p_progress + 1 + i_column
-    buffers = (keys, queries, values, decayed_high, decayed_low, scores_high, scores_low, out, barriers)
+    buffers = (keys, queries, values, scores_high, scores_low, out, decays, barriers)
     sequence = (slope, n_chunks, length)
     way = (walk_begin, walk_end, first, end, column)
     place = (i_segment, n_segments, segment_chunks, heads)
