@@ -2,9 +2,10 @@
 
 On the GPU machine (the counters need no particular clock):
 
-    ncu --clock-control none --set full -k regex:sweep -c 2 --csv --page raw python -m benchmarks.profile > FILE.csv
+    ncu --clock-control none --set full -k regex:sweep -c 3 --csv --page raw python -m benchmarks.profile > FILE.csv
 
-With no file, the module runs what is profiled: forwards over batches that fill the device, and over one long sequence.
+With no file, the module runs what is profiled: forwards over batches that fill the device, and over one long and
+one short sequence.
 """
 
 import csv
@@ -15,7 +16,7 @@ from pathlib import Path
 from benchmarks.names import CHIP, PROFILE
 from benchmarks.records import RESULTS, Record, load, save
 
-SHAPES = ((4, 32, 8192), (1, 32, 65536))
+SHAPES = ((4, 32, 8192), (1, 32, 65536), (1, 32, 4096))
 """B, H, T; K = V = 128, bfloat16."""
 
 METRICS = {
