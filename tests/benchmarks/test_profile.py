@@ -8,6 +8,7 @@ CSV = """==PROF== Connected
 "","","us","register/thread",""
 "0","sweep","412.5","255","1"
 "1","sweep","1,168.25","255","1"
+"2","sweep","89.5","255","1"
 """
 
 
@@ -15,13 +16,13 @@ def test_a_profile_becomes_one_column_for_each_shape(tmp_path):
     file = tmp_path / "profile.csv"
     file.write_text(CSV)
     table = profile_table(list(records(file, {"triton": "3.6.0"})))
-    assert "| what | unit | 4, 32, 8192 | 1, 32, 65536 |" in table
-    assert "| time | us | 412.5 | 1168 |" in table
+    assert "| what | unit | 4, 32, 8192 | 1, 32, 65536 | 1, 32, 4096 |" in table
+    assert "| time | us | 412.5 | 1168 | 89.5 |" in table
     assert "unknown" not in table
 
 
 def test_a_profile_of_other_kernels_is_refused(tmp_path):
     file = tmp_path / "profile.csv"
-    file.write_text("\n".join(CSV.splitlines()[:-1]))
+    file.write_text("\n".join(CSV.splitlines()[:-2]))
     with pytest.raises(ValueError, match=f"has 1 kernels; expected {len(SHAPES)}"):
         list(records(file, {"triton": "3.6.0"}))
