@@ -4,7 +4,8 @@
     compute-sanitizer --tool memcheck python tests/kernels/lightning_attention/sanitize.py
 
 and the same with `--tool racecheck` and `--tool synccheck`. Without the allocator's cache every tensor has its own
-memory, so that an access beyond its end is seen.
+memory, so that an access beyond its end is seen. What racecheck reports of the kernel for Hopper is explained in
+`docs/kernels.md`.
 """
 
 from itertools import product
