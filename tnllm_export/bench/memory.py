@@ -9,6 +9,8 @@ import torch
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
+_PYTORCH_ALONE = ("torch", "aotinductor")
+"""Runtimes whose tensors all come from PyTorch's allocator."""
 
 
 class Meter(Protocol):
@@ -32,7 +34,7 @@ def meter_for(runtime: str, device: torch.device) -> Meter:
     release(device)
     if device.type != "cuda":
         return ResidentMeter()
-    return AllocatorMeter(device) if runtime == "torch" else DeviceMeter(device)
+    return AllocatorMeter(device) if runtime in _PYTORCH_ALONE else DeviceMeter(device)
 
 
 def release(device: torch.device) -> None:
@@ -55,31 +57,36 @@ class AllocatorMeter:
         """Forget the peak so far."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
-    def peak(self) -> int | None:
+    def peak(self) -> int:
         """Return the peak since `reset`."""
         return torch.cuda.max_memory_allocated(self._device) - self._start
 
 
 class DeviceMeter:
-    """What the driver says is in use. Runtimes keep what they have taken, so what is in use later was the peak."""
+    """What PyTorch's allocator has handed out, and what the driver says is in use beside PyTorch.
 
-    how = "in use on the GPU, as the driver counts, what others use included"
+    The two apart: what PyTorch keeps for later would hide what a runtime takes from it, such as weights and states.
+    Beside PyTorch runtimes keep what they have taken, so what is in use later was the peak.
+    """
+
+    how = "allocated by PyTorch, and in use beside it on the GPU as the driver counts, what others use included"
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._start = self._used()
+        self._pytorch = AllocatorMeter(device)
+        self._start = self._beside_pytorch()
 
     def reset(self) -> None:
-        """Give back what PyTorch keeps for later."""
-        torch.cuda.empty_cache()
+        """Forget the peak so far."""
+        self._pytorch.reset()
 
     def peak(self) -> int | None:
-        """Return what is in use now."""
-        return self._used() - self._start
+        """Return the peak since `reset` of PyTorch's part, and what is in use now of the rest."""
+        return self._pytorch.peak() + self._beside_pytorch() - self._start
 
-    def _used(self) -> int:
+    def _beside_pytorch(self) -> int:
         free, total = torch.cuda.mem_get_info(self._device)
-        return total - free
+        return total - free - torch.cuda.memory_reserved(self._device)
 
 
 class ResidentMeter:
