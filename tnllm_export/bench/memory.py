@@ -80,7 +80,7 @@ class DeviceMeter:
         """Forget the peak so far."""
         self._pytorch.reset()
 
-    def peak(self) -> int | None:
+    def peak(self) -> int:
         """Return the peak since `reset` of PyTorch's part, and what is in use now of the rest."""
         return self._pytorch.peak() + self._beside_pytorch() - self._start
 
