@@ -22,13 +22,12 @@ from tnllm_export.kernels.compiled import CompiledKernel, KernelTable
 from tnllm_export.kernels.contract import LIGHTNING_ATTENTION, LIGHTNING_ATTENTION_STEP
 from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_blocks, tile_of_block
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
-    HOPPER_TILE,
     LONG_SEGMENT,
     RECOMPUTE_SEGMENTS,
     SHORT_CALL,
     Activation,
     Handover,
-    fits_hopper,
+    hopper_tile,
     key_block,
     sweep_tile,
 )
@@ -100,8 +99,8 @@ def compile_table(
 
 def _chunk_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Variant]:
     activation = cast(Activation, dtype)
-    hopper = capability == 90 and fits_hopper(K, V, activation)
-    tile = HOPPER_TILE if hopper else sweep_tile(K, V, activation, capability)
+    tile = hopper_tile(K, V, activation) if capability == 90 else None
+    tile = tile or sweep_tile(K, V, activation, capability)
     for handover in get_args(Handover):
         yield {
             "op": LIGHTNING_ATTENTION.onnx_name,

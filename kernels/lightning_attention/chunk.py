@@ -27,11 +27,10 @@ from tnllm_export.kernels.lightning_attention.launch import (
 )
 from tnllm_export.kernels.lightning_attention.sweep import sweep_kernel
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
-    HOPPER_TILE,
     Activation,
     SweepPlan,
     SweepTile,
-    fits_hopper,
+    hopper_tile,
     key_block,
     sweep_plan,
     sweep_tile,
@@ -165,8 +164,9 @@ def _cut(
     B, T, H, K = shape
     activation = _ACTIVATIONS[dtype]
     if tile is None:
-        hopper = capability(device) == 90 and fits_hopper(K, V, activation) and _hopper_kernel() is not None
-        tile = HOPPER_TILE if hopper else sweep_tile(K, V, activation, capability(device))
+        if capability(device) == 90 and _hopper_kernel() is not None:
+            tile = hopper_tile(K, V, activation)
+        tile = tile or sweep_tile(K, V, activation, capability(device))
     columns = B * H * -(-V // tile.value_block)
     plan = plan or sweep_plan(tile, columns, T, processors(device))
     BK = key_block(K)

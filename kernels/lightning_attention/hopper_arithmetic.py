@@ -10,8 +10,6 @@ barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 C = gl.constexpr(64)  # tokens per chunk
 HALF = gl.constexpr(64)  # columns of the state that one group of warps owns
-BV = gl.constexpr(128)  # and that a program owns
-STAGES = gl.constexpr(3)  # chunks whose queries, keys and values have a buffer
 SCORE_STAGES = gl.constexpr(2)  # chunks whose scores have one
 OUT_STAGES = gl.constexpr(2)  # chunks whose output has one
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -19,20 +17,22 @@ SLOW_RATE = gl.constexpr(0.6931471805599453)
 FACTORED_RATE = gl.constexpr(1.0)  # up to it, a chunk's decay and its inverse are far from the ends of float32
 NEGLIGIBLE = gl.constexpr(40.0)  # as in `sweep.py`
 
-# Barriers in shared memory: buffers that are filled or free, by chunk; the same during a walk; what is prepared.
+# Barriers in shared memory: buffers that are filled or free, by chunk; the same during a walk; what is prepared; an
+# output that lacks the other owner's part.
 FULL = gl.constexpr(0)
 EMPTY = gl.constexpr(3)
 WALK_FULL = gl.constexpr(6)
 WALK_EMPTY = gl.constexpr(9)
 SCORED = gl.constexpr(12)
-BARRIERS = gl.constexpr(14)
+PARTIAL = gl.constexpr(14)
+BARRIERS = gl.constexpr(15)
 
 # Places in the tuple of all buffers in shared memory.
 AT_KEYS = gl.constexpr(0)
 AT_QUERIES = gl.constexpr(1)
 AT_VALUES = gl.constexpr(2)
-AT_SCORES_HIGH = gl.constexpr(3)
-AT_SCORES_LOW = gl.constexpr(4)
+AT_SCORES = gl.constexpr(3)
+AT_OUT = gl.constexpr(4)
 AT_DECAYS = gl.constexpr(6)
 AT_BARRIERS = gl.constexpr(7)
 

@@ -19,8 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     AT_BARRIERS,
     AT_KEYS,
+    AT_OUT,
     AT_VALUES,
-    BV,
     EMPTY,
     FACTORED_RATE,
     FULL,
@@ -28,9 +28,9 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     LOG2_E,
     NEGLIGIBLE,
     OUT_STAGES,
+    PARTIAL,
     SCORE_STAGES,
     SCORED,
-    STAGES,
     WALK_EMPTY,
     WALK_FULL,
     C,
@@ -48,7 +48,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
 
 @gluon.jit
 def own(  # noqa: PLR0912, PLR0915
-    half,
+    owner,
     buffers,
     sequence,
     way,
@@ -56,46 +56,78 @@ def own(  # noqa: PLR0912, PLR0915
     output,
     memory,
     K: gl.constexpr,
+    V: gl.constexpr,
     REVERSE: gl.constexpr,
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
 ):
-    """Own half of a program's columns: bring their state to the start of the segment, then answer its queries."""
+    """Own half of a program's state: bring it to the start of the segment, then answer its queries.
+
+    Half of the columns; where K is 256, half of the rows.
+    """
+    PARTS: gl.constexpr = 2 if K > 128 else 1
+    KP: gl.constexpr = K // PARTS
+    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
+    BV: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES * HALF
+    half = owner if PARTS == 1 else 0
+    part = 0 if PARTS == 1 else owner
     barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     walk_begin, walk_end, first, end, column = way
-    i_segment, n_segments, segment_chunks, heads = place
+    i_segment, n_segments, segment_chunks, segments, heads = place
     past, present, p_slots, p_ready = memory
     p_past_state, past_stride_k, past_stride_v = past
     p_present_state, present_stride_k, present_stride_v = present
-    state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
-    k_index = gl.arange(0, K, layout=gl.SliceLayout(0, state_layout))
+    state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KP, 16])
+    k_index = gl.arange(0, KP, layout=gl.SliceLayout(0, state_layout)) + part * KP
     local_v = gl.arange(0, HALF, layout=gl.SliceLayout(1, state_layout)) + half * HALF
     v_index = column + local_v
     p_past = p_past_state + k_index[None, :] * past_stride_k + v_index[:, None] * past_stride_v
 
-    # [HALF, K], as in `sweep.py`
+    p_output, output_stride_t, T = output
+    values = buffers[AT_VALUES]
+    output = tma.make_tensor_descriptor(p_output, [T, V], [output_stride_t, 1], [C, HALF], values.layout)
+
+    # Padding: this owner's share of the chunks without a valid token.
+    padding = (T + C - 1) // C - n_chunks
+    padding_from = n_chunks + padding * i_segment // segments
+    padding_to = n_chunks + padding * (i_segment + 1) // segments
+    if padding_from + part < padding_to:
+        nothing = buffers[AT_OUT].index(owner)
+        nothing.store(gl.full([C, HALF], 0.0, gl.bfloat16, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
+        fence_async_shared()
+        barrier()
+        for i_chunk in range(padding_from + part, padding_to, PARTS):
+            tma.async_copy_shared_to_global(output, [i_chunk * C, column + half * HALF], nothing)
+        tma.store_wait(0)
+        barrier()
+
+    # [HALF, KP], as in `sweep.py`
     if HANDOVER == "none":
         # Else the compiler takes the loop's first state for a product that is under way, and waits in each chunk.
         state = warpgroup_mma_wait(0, deps=(gl.load(p_past),))
     elif HANDOVER == "recompute":
-        state = _walk(gl.load(p_past), half, buffers, sequence, 0, walk_begin, walk_end, state_layout, REVERSE)
+        state = _walk(
+            gl.load(p_past), half, part, buffers, sequence, 0, walk_begin, walk_end, state_layout, PARTS, REVERSE
+        )
     else:
-        p_slots += local_v[:, None] * K + k_index[None, :]
+        p_slots += owner * (HALF * KP)
         slot_stride = heads.to(gl.int64) * (K * BV)
-        state = gl.zeros([HALF, K], gl.float32, state_layout)
-        state = _walk(state, half, buffers, sequence, walk_begin, walk_begin, walk_end, state_layout, REVERSE)
+        state = gl.zeros([HALF, KP], gl.float32, state_layout)
+        state = _walk(
+            state, half, part, buffers, sequence, walk_begin, walk_begin, walk_end, state_layout, PARTS, REVERSE
+        )
         # Only the first segment reads it; the last one, which may write over it in place, waits for that.
-        before = gl.zeros([HALF, K], gl.float32, state_layout)
+        before = gl.zeros([HALF, KP], gl.float32, state_layout)
         if i_segment == 0:
             before = gl.load(p_past)
         if i_segment < n_segments - 1:
             state += decayed(before, slope * tokens(i_segment, segment_chunks, n_chunks, length, REVERSE))
-            gl.store(p_slots + i_segment * slot_stride, state, cache_modifier=".cg")
+            _store_slot(p_slots + i_segment * slot_stride, state)
             # All threads' stores come before the release.
             barrier()
             gl.atomic_add(p_ready + i_segment * heads, 1, sem="release")
-    # What the walk took is free.
+    # What the walk took is free. Not earlier: copies would be in the way of what others wait for.
     for stage in gl.static_range(STAGES):
         mbarrier.arrive(barriers.index(EMPTY + stage), count=1)
     if HANDOVER == "lookback":
@@ -104,15 +136,19 @@ def own(  # noqa: PLR0912, PLR0915
         since = i_segment * 0  # tokens from there to here
         while (i_segment < n_segments) & (i_before > 0) & (slope * since < NEGLIGIBLE):
             i_before -= 1
-            wait_for(p_ready + i_before * heads, 2)  # both halves
-            state += decayed(gl.load(p_slots + i_before * slot_stride, cache_modifier=".cg"), slope * since)
+            wait_for(p_ready + i_before * heads, 2)  # both owners
+            state += decayed(_load_slot(p_slots + i_before * slot_stride, KP, state_layout), slope * since)
             since += tokens(i_before, segment_chunks, n_chunks, length, REVERSE)
 
     # A head that forgets within few tokens would overflow what the others count backwards.
     if slope <= FACTORED_RATE:
-        state = _answer(state, half, buffers, sequence, first, end, column, output, state_layout, REVERSE, True)
+        state = _answer(
+            state, half, part, buffers, sequence, first, end, column, output, state_layout, PARTS, REVERSE, True
+        )
     else:
-        state = _answer(state, half, buffers, sequence, first, end, column, output, state_layout, REVERSE, False)
+        state = _answer(
+            state, half, part, buffers, sequence, first, end, column, output, state_layout, PARTS, REVERSE, False
+        )
 
     if STORE_STATE:  # noqa: SIM102
         if i_segment == n_segments - 1:
@@ -128,6 +164,7 @@ def own(  # noqa: PLR0912, PLR0915
 def _answer(  # noqa: PLR0915
     state,
     half,
+    part,
     buffers,
     sequence,
     first,
@@ -135,6 +172,7 @@ def _answer(  # noqa: PLR0915
     column,
     output,
     state_layout: gl.constexpr,
+    PARTS: gl.constexpr,
     REVERSE: gl.constexpr,
     FACTORED: gl.constexpr,
 ):
@@ -144,8 +182,10 @@ def _answer(  # noqa: PLR0915
     FACTORED scores are divided by d_j, all products add up in one accumulator, and d_i comes last. Else each score is
     multiplied by its own d_i / d_j, which never overflows.
     """
-    keys, queries, values, scores_high, scores_low, out, decays, barriers = buffers
+    keys, queries, values, scores, out, partial, decays, barriers = buffers
     slope, n_chunks, length = sequence
+    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
+    HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
     decayed_operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
@@ -159,11 +199,12 @@ def _answer(  # noqa: PLR0915
         # Computed anew for each chunk (count is always positive): registers are scarcer than exponentials.
         rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
         exponent = rate * (count - 1 - query_row) if REVERSE else rate * (query_row + 1)
-        k = keys.index(stage)
-        q = queries.index(stage).permute((1, 0))
-        v = values.index(stage * 2 + half).permute((1, 0))
-        high_scores = scores_high.index(n % SCORE_STAGES)
-        low_scores = scores_low.index(n % SCORE_STAGES)
+        k = keys.index(stage * PARTS + part)
+        q = queries.index(stage * PARTS + part).permute((1, 0))
+        v = values.index(stage * HALVES + half).permute((1, 0))
+        # Two owners of the same columns take one part of the scores each.
+        first_scores = scores.index(n % SCORE_STAGES * 2 + part)
+        second_scores = scores.index(n % SCORE_STAGES * 2 + 1)
 
         mbarrier.wait(barriers.index(FULL + stage), (n // STAGES) & 1)
         high, low = parts(state, state_operand)
@@ -177,15 +218,14 @@ def _answer(  # noqa: PLR0915
         state = state * decay
 
         mbarrier.wait(barriers.index(SCORED + n % SCORE_STAGES), (n // SCORE_STAGES) & 1)
-        if FACTORED:
-            o = warpgroup_mma(v, high_scores, o, is_async=True)
-            o = warpgroup_mma(v, low_scores, o, is_async=True)
-            o, high, low = warpgroup_mma_wait(2, deps=(o, high, low))
-        else:
+        if not FACTORED:
             o, high, low = warpgroup_mma_wait(0, deps=(o, high, low))
             o = o * gl.exp2(gl.minimum(exponent, 0.0))[None, :]
-            o = warpgroup_mma(v, high_scores, o, is_async=True)
-            o = warpgroup_mma(v, low_scores, o, is_async=True)
+        o = warpgroup_mma(v, first_scores, o, is_async=True)
+        if PARTS == 1:
+            o = warpgroup_mma(v, second_scores, o, is_async=True)
+        if FACTORED:
+            o, high, low = warpgroup_mma_wait(3 - PARTS, deps=(o, high, low))
 
         decay_high = decays.index(n % SCORE_STAGES * 2).load(gl.SliceLayout(0, decayed_operand))
         decay_low = decays.index(n % SCORE_STAGES * 2 + 1).load(gl.SliceLayout(0, decayed_operand))
@@ -196,12 +236,17 @@ def _answer(  # noqa: PLR0915
         o = warpgroup_mma_wait(2, deps=(o,))
         if FACTORED:
             o = o * gl.exp2(exponent)[None, :]
-        # A query beyond the last valid token is 0, and so is its output.
-        answer = out.index(n % OUT_STAGES * 2 + half)
-        answer.permute((1, 0)).store(o.to(gl.bfloat16))
-        fence_async_shared()
-        barrier()
-        tma.async_copy_shared_to_global(output, [t0, column + half * HALF], answer)
+        if PARTS == 1:
+            _write(o, out.index(n % OUT_STAGES * 2 + half), output, t0, column + half * HALF)
+        elif n % 2 == part:
+            # They finish chunks by turns. What is read here is written again by the same threads.
+            mbarrier.wait(barriers.index(PARTIAL), n & 1)
+            _write(o + partial.load(chunk_layout), out.index(n % OUT_STAGES), output, t0, column)
+        else:
+            partial.store(o)
+            tma.store_wait(0)  # its buffer is free for the next chunk
+            barrier()
+            mbarrier.arrive(barriers.index(PARTIAL), count=1)
         state, upper, lower = warpgroup_mma_wait(0, deps=(state, upper, lower))
         tma.store_wait(OUT_STAGES - 1)
         # Every warp is done with the buffers.
@@ -212,7 +257,53 @@ def _answer(  # noqa: PLR0915
 
 
 @gluon.jit
-def _walk(state, half, buffers, sequence, origin, begin, end, state_layout: gl.constexpr, REVERSE: gl.constexpr):
+def _write(o, answer, output, t0, column):
+    """Start to copy a chunk's output [HALF, C] to its place, through a buffer that is free."""
+    # A query beyond the last valid token is 0, and so is its output.
+    answer.permute((1, 0)).store(o.to(gl.bfloat16))
+    fence_async_shared()
+    barrier()
+    tma.async_copy_shared_to_global(output, [t0, column], answer)
+
+
+# A state goes to another segment laid out as its registers are: 16 bytes of each thread in a row.
+@gluon.jit
+def _store_slot(p_slot, state):
+    KP: gl.constexpr = state.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([KP // 8, 4], [1, 32], [4, 1], [1, 0])
+    tiles = state.reshape([4, 2, 8, KP // 8, 4, 2]).permute((0, 3, 2, 4, 1, 5)).reshape([KP // 2, 128])
+    gl.store(_slot_places(p_slot, KP, layout), gl.convert_layout(tiles, layout, assert_trivial=True), cache_modifier=".cg")
+
+
+@gluon.jit
+def _load_slot(p_slot, KP: gl.constexpr, state_layout: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([KP // 8, 4], [1, 32], [4, 1], [1, 0])
+    tiles = gl.load(_slot_places(p_slot, KP, layout), cache_modifier=".cg").reshape([4, KP // 8, 8, 4, 2, 2])
+    state = tiles.permute((0, 4, 2, 1, 3, 5)).reshape([HALF, KP])
+    return gl.convert_layout(state, state_layout, assert_trivial=True)
+
+
+@gluon.jit
+def _slot_places(p_slot, KP: gl.constexpr, layout: gl.constexpr):
+    row = gl.arange(0, KP // 2, layout=gl.SliceLayout(1, layout))
+    column = gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
+    return p_slot + row[:, None] * 128 + column[None, :]
+
+
+@gluon.jit
+def _walk(
+    state,
+    half,
+    part,
+    buffers,
+    sequence,
+    origin,
+    begin,
+    end,
+    state_layout: gl.constexpr,
+    PARTS: gl.constexpr,
+    REVERSE: gl.constexpr,
+):
     """Return the state after chunk `end`, from that before chunk `origin`; what comes before `begin` is forgotten.
 
     No output: one long sum of values that decay until the end.
@@ -221,6 +312,8 @@ def _walk(state, half, buffers, sequence, origin, begin, end, state_layout: gl.c
     values = buffers[AT_VALUES]
     barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
+    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
+    HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
     operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
     # First and last token.
     if REVERSE:
@@ -238,11 +331,11 @@ def _walk(state, half, buffers, sequence, origin, begin, end, state_layout: gl.c
         left = token - low + 1 if REVERSE else high - token
         decay_high, decay_low = split(gl.exp2(rate * gl.maximum(left, 0)))
         mbarrier.wait(barriers.index(WALK_FULL + stage), (n // STAGES) & 1)
-        v = values.index(stage * 2 + half).permute((1, 0))
+        v = values.index(stage * HALVES + half).permute((1, 0))
         upper, lower = scaled_parts(v.load(operand), decay_high[None, :], decay_low[None, :])
         # The operands of a product stay where they are until it is done.
-        sum_ = warpgroup_mma(upper, keys.index(stage), state, is_async=True)
-        sum_ = warpgroup_mma(lower, keys.index(stage), sum_, is_async=True)
+        sum_ = warpgroup_mma(upper, keys.index(stage * PARTS + part), state, is_async=True)
+        sum_ = warpgroup_mma(lower, keys.index(stage * PARTS + part), sum_, is_async=True)
         state, upper, lower = warpgroup_mma_wait(0, deps=(sum_, upper, lower))
         # Every warp is done with the buffers.
         barrier()

@@ -20,8 +20,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     AT_DECAYS,
     AT_KEYS,
     AT_QUERIES,
-    AT_SCORES_HIGH,
-    AT_SCORES_LOW,
+    AT_SCORES,
     AT_VALUES,
     EMPTY,
     FACTORED_RATE,
@@ -30,7 +29,6 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     LOG2_E,
     SCORE_STAGES,
     SCORED,
-    STAGES,
     WALK_EMPTY,
     WALK_FULL,
     C,
@@ -41,71 +39,107 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
 
 
 @gluon.jit
-def prepare(buffers, sequence, way, query, key, value, REVERSE: gl.constexpr):
+def prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.constexpr, REVERSE: gl.constexpr):
     """Bring the chunks of a walk, then what the owners need to answer the queries of a segment."""
     keys = buffers[AT_KEYS]
     values = buffers[AT_VALUES]
     barriers = buffers[AT_BARRIERS]
-    slope = sequence[0]
-    n_chunks = sequence[1]
+    slope, n_chunks, length = sequence
     walk_begin, walk_end, first, end, column = way
-    tensors = (query, key, value)
+    PARTS: gl.constexpr = 2 if K > 128 else 1
+    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
+    HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
+    KP: gl.constexpr = keys.shape[2]
+    # A map takes most of a microsecond: those that a walk needs come first.
+    valid = gl.maximum(length, 1)
+    key = tma.make_tensor_descriptor(key[0], [valid, K], [key[1], 1], [C, KP], keys.layout)
+    value = tma.make_tensor_descriptor(value[0], [valid, V], [value[1], 1], [C, HALF], values.layout)
     for i in range(walk_begin, walk_end):
         n = i - walk_begin
         stage = n % STAGES
         mbarrier.wait(barriers.index(WALK_EMPTY + stage), ((n // STAGES) & 1) ^ 1)
         t0 = chunk_start(i, n_chunks, REVERSE)
         full = barriers.index(WALK_FULL + stage)
-        mbarrier.expect(full, key.block_type.nbytes + value.block_type.nbytes * 2)
-        tma.async_copy_global_to_shared(key, [t0, 0], full, keys.index(stage))
-        tma.async_copy_global_to_shared(value, [t0, column], full, values.index(stage * 2))
-        tma.async_copy_global_to_shared(value, [t0, column + HALF], full, values.index(stage * 2 + 1))
+        mbarrier.expect(full, key.block_type.nbytes * PARTS + value.block_type.nbytes * HALVES)
+        for part in gl.static_range(PARTS):
+            tma.async_copy_global_to_shared(key, [t0, part * KP], full, keys.index(stage * PARTS + part))
+        for half in gl.static_range(HALVES):
+            tma.async_copy_global_to_shared(
+                value, [t0, column + half * HALF], full, values.index(stage * HALVES + half)
+            )
+    query = tma.make_tensor_descriptor(query[0], [valid, K], [query[1], 1], [C, KP], keys.layout)
+    tensors = (query, key, value)
     for stage in gl.static_range(STAGES):
         mbarrier.wait(barriers.index(EMPTY + stage), 0)
-        _load(tensors, buffers, first + stage, stage, end, column, n_chunks, REVERSE)
+        _load(tensors, buffers, first + stage, stage, end, column, n_chunks, PARTS, REVERSE)
     if slope <= FACTORED_RATE:
-        _prepare_chunks(tensors, buffers, sequence, first, end, column, REVERSE, True)
+        _prepare_chunks(tensors, buffers, sequence, first, end, column, PARTS, REVERSE, True)
     else:
-        _prepare_chunks(tensors, buffers, sequence, first, end, column, REVERSE, False)
+        _prepare_chunks(tensors, buffers, sequence, first, end, column, PARTS, REVERSE, False)
 
 
 @gluon.jit
-def _prepare_chunks(tensors, buffers, sequence, first, end, column, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
-    barriers = buffers[AT_BARRIERS]
+def _prepare_chunks(
+    tensors,
+    buffers,
+    sequence,
+    first,
+    end,
+    column,
+    PARTS: gl.constexpr,
+    REVERSE: gl.constexpr,
+    FACTORED: gl.constexpr,
+):
     n_chunks = sequence[1]
     if first < end:
-        scores = _start_scores(buffers, 0)
+        scores = _start_scores(buffers, 0, PARTS)
         _store_scores(scores, buffers, sequence, first, 0, REVERSE, FACTORED)
     for i in range(first + 1, end):
         n = i - first
-        scores = _start_scores(buffers, n)
-        if n > 1:
-            # The chunk before the last is answered, and its buffers are free.
-            free = (n - 2) % STAGES
-            mbarrier.wait(barriers.index(EMPTY + free), ((n - 2) // STAGES + 1) & 1)
-            _load(tensors, buffers, i + 1, free, end, column, n_chunks, REVERSE)
+        if PARTS == 1:
+            scores = _start_scores(buffers, n, PARTS)
+            if n > 1:
+                _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS, REVERSE)
+        else:
+            # Two chunks have buffers: this one comes where the chunk before the last was.
+            if n > 1:
+                _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS, REVERSE)
+            scores = _start_scores(buffers, n, PARTS)
         _store_scores(scores, buffers, sequence, i, n, REVERSE, FACTORED)
 
 
 @gluon.jit
-def _start_scores(buffers, n):
+def _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+    """Wait until the chunk before the last is answered, and start to copy a further one into its buffers."""
+    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
+    free = (n - 2) % STAGES
+    mbarrier.wait(buffers[AT_BARRIERS].index(EMPTY + free), ((n - 2) // STAGES + 1) & 1)
+    _load(tensors, buffers, i + STAGES - 2, free, end, column, n_chunks, PARTS, REVERSE)
+
+
+@gluon.jit
+def _start_scores(buffers, n, PARTS: gl.constexpr):
     """Wait for the n-th chunk and start the product of its keys and queries, [C, C]."""
     keys = buffers[AT_KEYS]
     queries = buffers[AT_QUERIES]
     barriers = buffers[AT_BARRIERS]
+    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     stage = n % STAGES
     mbarrier.wait(barriers.index(FULL + stage), (n // STAGES) & 1)
     empty = gl.zeros([C, C], gl.float32, layout)
-    q = queries.index(stage).permute((1, 0))
-    return warpgroup_mma(keys.index(stage), q, empty, use_acc=False, is_async=True)
+    q = queries.index(stage * PARTS).permute((1, 0))
+    scores = warpgroup_mma(keys.index(stage * PARTS), q, empty, use_acc=False, is_async=True)
+    if PARTS == 2:
+        q = queries.index(stage * PARTS + 1).permute((1, 0))
+        scores = warpgroup_mma(keys.index(stage * PARTS + 1), q, scores, is_async=True)
+    return scores
 
 
 @gluon.jit
 def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
     """Wait for the scores of chunk i, the n-th here; publish them scaled and masked, and the values' decay."""
-    scores_high = buffers[AT_SCORES_HIGH]
-    scores_low = buffers[AT_SCORES_LOW]
+    parts = buffers[AT_SCORES]
     decays = buffers[AT_DECAYS]
     barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
@@ -130,8 +164,8 @@ def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTOR
         scores = scores * gl.where(seen, gl.exp2(query_exponent[None, :] - key_exponent[:, None]), 0.0)
     high, low = split(scores)
     stage = n % SCORE_STAGES
-    scores_high.index(stage).store(high)
-    scores_low.index(stage).store(low)
+    parts.index(stage * 2).store(high)
+    parts.index(stage * 2 + 1).store(low)
     # Values decay until the chunk's end.
     row = gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])).to(gl.float32)
     exponent = rate * (row + 1) if REVERSE else gl.minimum(rate * (count - 1 - row), 0.0)
@@ -144,17 +178,24 @@ def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTOR
 
 
 @gluon.jit
-def _load(tensors, buffers, i, stage, end, column, n_chunks, REVERSE: gl.constexpr):
+def _load(tensors, buffers, i, stage, end, column, n_chunks, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     """Start to copy chunk i, if there is one, into the buffers of a stage."""
     query, key, value = tensors
     keys = buffers[AT_KEYS]
     queries = buffers[AT_QUERIES]
     values = buffers[AT_VALUES]
+    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
+    HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
+    KP: gl.constexpr = keys.shape[2]
     wanted = i < end
     t0 = chunk_start(i, n_chunks, REVERSE)
     full = buffers[AT_BARRIERS].index(FULL + stage)
-    mbarrier.expect(full, key.block_type.nbytes * 2 + value.block_type.nbytes * 2, pred=wanted)
-    tma.async_copy_global_to_shared(key, [t0, 0], full, keys.index(stage), pred=wanted)
-    tma.async_copy_global_to_shared(query, [t0, 0], full, queries.index(stage), pred=wanted)
-    tma.async_copy_global_to_shared(value, [t0, column], full, values.index(stage * 2), pred=wanted)
-    tma.async_copy_global_to_shared(value, [t0, column + HALF], full, values.index(stage * 2 + 1), pred=wanted)
+    nbytes: gl.constexpr = key.block_type.nbytes * 2 * PARTS + value.block_type.nbytes * HALVES
+    mbarrier.expect(full, nbytes, pred=wanted)
+    for part in gl.static_range(PARTS):
+        place = [t0, part * KP]
+        tma.async_copy_global_to_shared(key, place, full, keys.index(stage * PARTS + part), pred=wanted)
+        tma.async_copy_global_to_shared(query, place, full, queries.index(stage * PARTS + part), pred=wanted)
+    for half in gl.static_range(HALVES):
+        place = [t0, column + half * HALF]
+        tma.async_copy_global_to_shared(value, place, full, values.index(stage * HALVES + half), pred=wanted)

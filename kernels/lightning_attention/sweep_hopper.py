@@ -16,19 +16,18 @@ ahead. So the tensor cores have work while a group computes.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     BARRIERS,
-    BV,
     EMPTY,
     FULL,
     HALF,
     NEGLIGIBLE,
     OUT_STAGES,
+    PARTIAL,
     SCORE_STAGES,
     SCORED,
-    STAGES,
     WALK_EMPTY,
     WALK_FULL,
     C,
@@ -83,8 +82,14 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0915
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
 ):
+    # Keys of 256 are cut in two: each owner has 128 rows of the same 64 columns.
+    PARTS: gl.constexpr = 2 if K > 128 else 1
+    KP: gl.constexpr = K // PARTS
+    STAGES: gl.constexpr = 3 if PARTS == 1 else 2  # chunks whose queries, keys and values have a buffer
+    HALVES: gl.constexpr = 2 if PARTS == 1 else 1
+    BV: gl.constexpr = HALVES * HALF
     NV: gl.constexpr = V // BV
-    row_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, K], gl.bfloat16)
+    row_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, KP], gl.bfloat16)
     value_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, HALF], gl.bfloat16)
 
     heads = gl.num_programs(0)
@@ -122,18 +127,16 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0915
     p_query += i_b.to(gl.int64) * query_stride_b + i_h.to(gl.int64) * query_stride_h
     p_key += i_b.to(gl.int64) * key_stride_b + i_h.to(gl.int64) * key_stride_h
     p_value += i_b.to(gl.int64) * value_stride_b + i_h.to(gl.int64) * value_stride_h
-    valid = gl.maximum(length, 1)
-    output = tma.make_tensor_descriptor(p_output, [T, V], [output_stride_t, 1], [C, HALF], value_tile)
-    query = tma.make_tensor_descriptor(p_query, [valid, K], [query_stride_t, 1], [C, K], row_tile)
-    key = tma.make_tensor_descriptor(p_key, [valid, K], [key_stride_t, 1], [C, K], row_tile)
-    value = tma.make_tensor_descriptor(p_value, [valid, V], [value_stride_t, 1], [C, HALF], value_tile)
 
-    keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, K], row_tile)
-    queries = gl.allocate_shared_memory(gl.bfloat16, [STAGES, C, K], row_tile)
-    values = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, C, HALF], value_tile)
-    scores_high = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES, C, C], value_tile)
-    scores_low = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES, C, C], value_tile)
-    out = gl.allocate_shared_memory(gl.bfloat16, [OUT_STAGES * 2, C, HALF], value_tile)
+    keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PARTS, C, KP], row_tile)
+    queries = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PARTS, C, KP], row_tile)
+    values = gl.allocate_shared_memory(gl.bfloat16, [STAGES * HALVES, C, HALF], value_tile)
+    scores = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES * 2, C, C], value_tile)
+    out = gl.allocate_shared_memory(gl.bfloat16, [OUT_STAGES * HALVES, C, HALF], value_tile)
+    # What one owner has of an output, for the other; nothing where their columns differ.
+    partial = gl.allocate_shared_memory(
+        gl.float32, [HALF if PARTS == 2 else 1, C if PARTS == 2 else 1], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    )
     decays = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES * 2, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     barriers = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -143,40 +146,30 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0915
         mbarrier.init(barriers.index(WALK_EMPTY + stage), count=2)
     for stage in gl.static_range(SCORE_STAGES):
         mbarrier.init(barriers.index(SCORED + stage), count=1)
+    mbarrier.init(barriers.index(PARTIAL), count=1)
     fence_async_shared()
     barrier()
-
-    # Padding: this program's share of the chunks without a valid token.
-    padding = (T + C - 1) // C - n_chunks
-    padding_from = n_chunks + padding * i_segment // segments
-    padding_to = n_chunks + padding * (i_segment + 1) // segments
-    if padding_from < padding_to:
-        nothing = out.index(0)
-        nothing.store(gl.full([C, HALF], 0.0, gl.bfloat16, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
-        fence_async_shared()
-        barrier()
-        for i_chunk in range(padding_from, padding_to):
-            tma.async_copy_shared_to_global(output, [i_chunk * C, column], nothing)
-            tma.async_copy_shared_to_global(output, [i_chunk * C, column + HALF], nothing)
-        tma.store_wait(0)
-        barrier()
 
     p_past_state += i_b.to(gl.int64) * past_stride_b + i_h.to(gl.int64) * past_stride_h
     p_present_state += i_b.to(gl.int64) * present_stride_b + i_h.to(gl.int64) * present_stride_h
     p_slots = p_carry + i_column.to(gl.int64) * (K * BV)
     p_ready = p_progress + 1 + i_column
-    buffers = (keys, queries, values, scores_high, scores_low, out, decays, barriers)
+    buffers = (keys, queries, values, scores, out, partial, decays, barriers)
     sequence = (slope, n_chunks, length)
     way = (walk_begin, walk_end, first, end, column)
-    place = (i_segment, n_segments, segment_chunks, heads)
+    place = (i_segment, n_segments, segment_chunks, segments, heads)
+    query = (p_query, query_stride_t)
+    key = (p_key, key_stride_t)
+    value = (p_value, value_stride_t)
+    output = (p_output, output_stride_t, T)
     past = (p_past_state, past_stride_k, past_stride_v)
     present = (p_present_state, present_stride_k, present_stride_v)
     memory = (past, present, p_slots, p_ready)
     gl.warp_specialize(
         [
-            (own, (0, buffers, sequence, way, place, output, memory, K, REVERSE, HANDOVER, STORE_STATE)),
-            (own, (1, buffers, sequence, way, place, output, memory, K, REVERSE, HANDOVER, STORE_STATE)),
-            (prepare, (buffers, sequence, way, query, key, value, REVERSE)),
+            (own, (0, buffers, sequence, way, place, output, memory, K, V, REVERSE, HANDOVER, STORE_STATE)),
+            (own, (1, buffers, sequence, way, place, output, memory, K, V, REVERSE, HANDOVER, STORE_STATE)),
+            (prepare, (buffers, sequence, way, query, key, value, K, V, REVERSE)),
         ],
         [4, 4],
         [OWNER_REGISTERS, PREPARE_REGISTERS],

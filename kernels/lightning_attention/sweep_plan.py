@@ -3,7 +3,7 @@
 Plain data and arithmetic without torch and Triton: the compiled kernels of a plugin follow the same plan.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Handover = Literal["none", "recompute", "lookback"]
@@ -50,7 +50,7 @@ LONG_SEGMENT = 128
 """Segments are cut in two where the halves have so many chunks: heads that remember long walk theirs twice, and then
 delay the end less."""
 
-HOPPER_TILE = SweepTile(
+_HOPPER_TILE = SweepTile(
     chunk=64,
     value_block=128,
     warps=4,
@@ -62,9 +62,13 @@ HOPPER_TILE = SweepTile(
 )
 
 
-def fits_hopper(K: int, V: int, activation: Activation) -> bool:
-    """Whether `sweep_hopper.py` takes these head sizes."""
-    return activation == "bfloat16" and K in (64, 128) and V % HOPPER_TILE.value_block == 0
+def hopper_tile(K: int, V: int, activation: Activation) -> SweepTile | None:
+    """Return the tile of `sweep_hopper.py` for these head sizes; None where it takes them not."""
+    tile = _HOPPER_TILE
+    if K == 256:
+        tile = replace(tile, value_block=64, stages=2, state_stages=2)
+    fits = activation == "bfloat16" and K in (64, 128, 256) and V % tile.value_block == 0
+    return tile if fits else None
 
 
 def sweep_tile(K: int, V: int, activation: Activation, capability: int) -> SweepTile:

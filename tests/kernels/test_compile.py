@@ -10,10 +10,10 @@ from tnllm_export.kernels.compile import SHARED_BYTES, compile_table
 from tnllm_export.kernels.compiled import INTEGERS, POINTERS
 from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_tile
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
-    HOPPER_TILE,
     LONG_SEGMENT,
     RECOMPUTE_SEGMENTS,
     SHORT_CALL,
+    hopper_tile,
     sweep_plan,
     sweep_tile,
 )
@@ -68,17 +68,18 @@ def test_the_widest_released_heads_fit_where_memory_is_small_and_where_tensor_co
 
 
 def test_hopper_has_its_own_kernel_for_the_released_head_sizes():
-    table = compile_table((90,), ((64, 128), (80, 128)), ("bfloat16",))
+    table = compile_table((90,), ((64, 128), (80, 128), (256, 128)), ("bfloat16",))
     entries = {(kernel.key_dim, kernel.entry) for kernel in table.kernels if kernel.op == CHUNK}
-    assert entries == {(64, "sweep_hopper_kernel"), (80, "sweep_kernel")}
+    assert entries == {(64, "sweep_hopper_kernel"), (80, "sweep_kernel"), (256, "sweep_hopper_kernel")}
     for kernel in table.kernels:
         assert (kernel.scratch_bytes > 0) == (kernel.op == CHUNK)
 
 
 def test_the_plan_and_the_kernel_for_hopper_name_the_same_sizes():
     hopper = pytest.importorskip("tnllm_export.kernels.lightning_attention.hopper_arithmetic")
-    assert (HOPPER_TILE.chunk, HOPPER_TILE.value_block) == (hopper.C.value, hopper.BV.value)
-    assert HOPPER_TILE.stages == HOPPER_TILE.state_stages == hopper.STAGES.value
+    tiles = {K: hopper_tile(K, 128, "bfloat16") for K in (64, 128, 256)}
+    assert {tile.chunk for tile in tiles.values()} == {hopper.C.value}
+    assert {K: tile.value_block // hopper.HALF.value for K, tile in tiles.items()} == {64: 2, 128: 2, 256: 1}
 
 
 def test_missing_triton_and_unknown_architectures_are_named(monkeypatch):
