@@ -7,7 +7,8 @@ With G_t the gradient of the state after token t, which decays backwards in time
     key        dk_t = v_tᵀ G_tᵀ,  G_t = exp(-s) G_{t+1} + q_t do_tᵀ     reverse,  (v, do, q; Gᵀ)
     value      dv_t = k_tᵀ G_t                                            reverse,  (k, q, do; G)
 
-so each is the same sweep over other tensors, and nothing but the inputs is kept for the backward.
+so each is the same sweep over other tensors, and nothing but the inputs is kept for the backward. On Hopper the last
+three are one launch where K = V (see `backward_hopper.py`).
 """
 
 import warnings
@@ -64,6 +65,9 @@ def lightning_attention_triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and past_state. Args are those of the blocked backward."""
     dq, dk, dv, d_state = _like(query), _like(key), _like(value), _like(past_state)
+    inputs = (query, key, value, grad_output, slope_rate, past_state, grad_state, lengths)
+    if _sweep_back_at_once(inputs, (dq, dk, dv, d_state)):
+        return dq, dk, dv, d_state
     sweep(grad_output, value, key, slope_rate, past_state.mT, lengths, dq, None)
     sweep(value, grad_output, query, slope_rate, grad_state.mT, lengths, dk, None, reverse=True)
     sweep(key, query, grad_output, slope_rate, grad_state, lengths, dv, d_state, reverse=True)
@@ -136,6 +140,37 @@ def sweep(
     launch(cut.kernel, (cut, misalignment), cut.grid, tensors + cut.numbers, cut.constants, cut.warps)
 
 
+def _sweep_back_at_once(inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], plan: SweepPlan | None = None) -> bool:
+    """Launch the three sweeps of a backward as one; False where there is no kernel for that, and nothing is done.
+
+    Args:
+        inputs: Query, key, value, grad_output, slope_rate, past_state, grad_state and lengths, as for the backward.
+        results: The gradients, dense, written wholly.
+        plan: Segments other than those of the rule.
+    """
+    query, key, value, grad_output, slope_rate, past_state, grad_state, lengths = inputs
+    device = query.device
+    if capability(device) != 90 or query.numel() == 0 or query.shape[3] != value.shape[3]:
+        return False
+    if not is_current(device):
+        with torch.cuda.device(device):
+            return _sweep_back_at_once(inputs, results, plan)
+    query, key, value, grad_output = (_dense_rows(x) for x in (query, key, value, grad_output))
+    slope_rate, lengths = slope_rate.contiguous(), lengths.contiguous()
+    strides = tuple([x.stride() for x in (query, key, value, grad_output, past_state, grad_state)])
+    cut = _backward_cut(query.shape, strides, query.dtype, device, plan)
+    if cut is None:
+        return False
+    carry = torch.empty(cut.carry, dtype=torch.float32, device=device) if cut.carry else past_state
+    progress = torch.zeros(cut.progress, dtype=torch.int32, device=device) if cut.progress else lengths
+    states = (slope_rate, past_state, grad_state, lengths)
+    tensors = (query, key, value, grad_output, *states, *results, carry, progress)
+    misalignment = tuple([x.data_ptr() % 16 for x in states])
+    allocate_with_torch()
+    launch(cut.kernel, (cut, misalignment), cut.grid, tensors + cut.numbers, cut.constants, cut.warps)
+    return True
+
+
 @dataclass(frozen=True, eq=False)
 class _Cut:
     """All of a launch that follows from sizes, strides and dtype; one object for each, which is its own key."""
@@ -179,6 +214,38 @@ def _cut(
         constants=_constants(K, V, tile, plan, reverse, store_state),
         warps=tile.warps,
         carry=states * BK * tile.value_block,
+        progress=states + 1 if states else 0,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _backward_cut(
+    shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    plan: SweepPlan | None,
+) -> _Cut | None:
+    B, T, H, K = shape
+    tile = hopper_tile(K, K, _ACTIVATIONS[dtype])
+    if tile is None or _hopper_kernel() is None:
+        return None
+    from tnllm_export.kernels.lightning_attention.backward_hopper import (  # noqa: PLC0415
+        SWEEPS,
+        backward_hopper_kernel,
+    )
+
+    columns = SWEEPS.value * B * H * (K // tile.value_block)
+    plan = plan or sweep_plan(tile, columns, T, processors(device))
+    states = columns * plan.segments if plan.handover == "lookback" else 0
+    *activations, past, grad_state = strides
+    return _Cut(
+        kernel=backward_hopper_kernel,
+        grid=(columns, plan.segments, 1),
+        numbers=(T, H, *(n for stride in activations for n in stride[:3]), *past, *grad_state),
+        constants=(K, plan.handover),
+        warps=tile.warps,
+        carry=states * K * tile.value_block,
         progress=states + 1 if states else 0,
     )
 

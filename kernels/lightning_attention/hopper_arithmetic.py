@@ -89,18 +89,35 @@ def decay_factors(rate):
 
 
 @gluon.jit
-def tokens(i_segment, segment_chunks, n_chunks, length, REVERSE: gl.constexpr):
+def tokens(i_segment, segment_chunks, sequence):
     """As `sweep._tokens`: valid tokens of a segment that is not the last one."""
-    if REVERSE:
-        left = n_chunks - i_segment * segment_chunks
-        return gl.minimum(left * C, length) - (left - segment_chunks) * C
-    return segment_chunks * C
+    _, n_chunks, length, reverse = sequence
+    left = n_chunks - i_segment * segment_chunks
+    return gl.where(reverse, gl.minimum(left * C, length) - (left - segment_chunks) * C, segment_chunks * C)
 
 
 @gluon.jit
-def chunk_start(i, n_chunks, REVERSE: gl.constexpr):
+def chunk_start(i, sequence):
     """First token of the i-th chunk on the way."""
-    return ((n_chunks - 1 - i) if REVERSE else i) * C
+    _, n_chunks, _, reverse = sequence
+    return gl.where(reverse, n_chunks - 1 - i, i) * C
+
+
+@gluon.jit
+def count_up(row, count, sequence):
+    """Tokens from the state before a chunk of `count` tokens to each row's answer. Rows are float32.
+
+    Forwards the state decays before a token answers, backwards after it.
+    """
+    reverse = sequence[3]
+    return gl.where(reverse, (count - 1).to(gl.float32), 1.0) + gl.where(reverse, -1.0, 1.0) * row
+
+
+@gluon.jit
+def count_down(row, count, sequence):
+    """Tokens that each row's value decays until the state after a chunk of `count` tokens."""
+    reverse = sequence[3]
+    return gl.where(reverse, 1.0, (count - 1).to(gl.float32)) + gl.where(reverse, 1.0, -1.0) * row
 
 
 @gluon.jit

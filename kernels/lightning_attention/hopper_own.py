@@ -36,6 +36,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     C,
     barrier,
     chunk_start,
+    count_up,
     decay_factors,
     decayed,
     parts,
@@ -57,7 +58,6 @@ def own(  # noqa: PLR0912, PLR0915
     memory,
     K: gl.constexpr,
     V: gl.constexpr,
-    REVERSE: gl.constexpr,
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
 ):
@@ -72,10 +72,11 @@ def own(  # noqa: PLR0912, PLR0915
     half = owner if PARTS == 1 else 0
     part = 0 if PARTS == 1 else owner
     barriers = buffers[AT_BARRIERS]
-    slope, n_chunks, length = sequence
+    slope = sequence[0]
+    n_chunks = sequence[1]
     walk_begin, walk_end, first, end, column = way
     i_segment, n_segments, segment_chunks, segments, heads = place
-    past, present, p_slots, p_ready = memory
+    past, present, stores_state, p_slots, p_ready = memory
     p_past_state, past_stride_k, past_stride_v = past
     p_present_state, present_stride_k, present_stride_v = present
     state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KP, 16])
@@ -107,22 +108,18 @@ def own(  # noqa: PLR0912, PLR0915
         # Else the compiler takes the loop's first state for a product that is under way, and waits in each chunk.
         state = warpgroup_mma_wait(0, deps=(gl.load(p_past),))
     elif HANDOVER == "recompute":
-        state = _walk(
-            gl.load(p_past), half, part, buffers, sequence, 0, walk_begin, walk_end, state_layout, PARTS, REVERSE
-        )
+        state = _walk(gl.load(p_past), half, part, buffers, sequence, 0, walk_begin, walk_end, state_layout, PARTS)
     else:
         p_slots += owner * (HALF * KP)
         slot_stride = heads.to(gl.int64) * (K * BV)
         state = gl.zeros([HALF, KP], gl.float32, state_layout)
-        state = _walk(
-            state, half, part, buffers, sequence, walk_begin, walk_begin, walk_end, state_layout, PARTS, REVERSE
-        )
+        state = _walk(state, half, part, buffers, sequence, walk_begin, walk_begin, walk_end, state_layout, PARTS)
         # Only the first segment reads it; the last one, which may write over it in place, waits for that.
         before = gl.zeros([HALF, KP], gl.float32, state_layout)
         if i_segment == 0:
             before = gl.load(p_past)
         if i_segment < n_segments - 1:
-            state += decayed(before, slope * tokens(i_segment, segment_chunks, n_chunks, length, REVERSE))
+            state += decayed(before, slope * tokens(i_segment, segment_chunks, sequence))
             _store_slot(p_slots + i_segment * slot_stride, state)
             # All threads' stores come before the release.
             barrier()
@@ -138,20 +135,16 @@ def own(  # noqa: PLR0912, PLR0915
             i_before -= 1
             wait_for(p_ready + i_before * heads, 2)  # both owners
             state += decayed(_load_slot(p_slots + i_before * slot_stride, KP, state_layout), slope * since)
-            since += tokens(i_before, segment_chunks, n_chunks, length, REVERSE)
+            since += tokens(i_before, segment_chunks, sequence)
 
     # A head that forgets within few tokens would overflow what the others count backwards.
     if slope <= FACTORED_RATE:
-        state = _answer(
-            state, half, part, buffers, sequence, first, end, column, output, state_layout, PARTS, REVERSE, True
-        )
+        state = _answer(state, half, part, buffers, sequence, first, end, column, output, state_layout, PARTS, True)
     else:
-        state = _answer(
-            state, half, part, buffers, sequence, first, end, column, output, state_layout, PARTS, REVERSE, False
-        )
+        state = _answer(state, half, part, buffers, sequence, first, end, column, output, state_layout, PARTS, False)
 
     if STORE_STATE:  # noqa: SIM102
-        if i_segment == n_segments - 1:
+        if stores_state & (i_segment == n_segments - 1):
             if HANDOVER == "lookback":  # noqa: SIM102
                 if i_segment > 0:
                     # In place: a head that forgets soon has not waited for the segment that reads the past state.
@@ -173,7 +166,6 @@ def _answer(  # noqa: PLR0915
     output,
     state_layout: gl.constexpr,
     PARTS: gl.constexpr,
-    REVERSE: gl.constexpr,
     FACTORED: gl.constexpr,
 ):
     """Write the output of chunks `first` to `end`; return the state after them.
@@ -183,7 +175,8 @@ def _answer(  # noqa: PLR0915
     multiplied by its own d_i / d_j, which never overflows.
     """
     keys, queries, values, scores, out, partial, decays, barriers = buffers
-    slope, n_chunks, length = sequence
+    slope = sequence[0]
+    length = sequence[2]
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
     HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
@@ -194,11 +187,11 @@ def _answer(  # noqa: PLR0915
     for i in range(first, end):
         n = i - first
         stage = n % STAGES
-        t0 = chunk_start(i, n_chunks, REVERSE)
+        t0 = chunk_start(i, sequence)
         count = gl.minimum(length - t0, C)
         # Computed anew for each chunk (count is always positive): registers are scarcer than exponentials.
         rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
-        exponent = rate * (count - 1 - query_row) if REVERSE else rate * (query_row + 1)
+        exponent = rate * count_up(query_row, count, sequence)
         k = keys.index(stage * PARTS + part)
         q = queries.index(stage * PARTS + part).permute((1, 0))
         v = values.index(stage * HALVES + half).permute((1, 0))
@@ -272,7 +265,9 @@ def _store_slot(p_slot, state):
     KP: gl.constexpr = state.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([KP // 8, 4], [1, 32], [4, 1], [1, 0])
     tiles = state.reshape([4, 2, 8, KP // 8, 4, 2]).permute((0, 3, 2, 4, 1, 5)).reshape([KP // 2, 128])
-    gl.store(_slot_places(p_slot, KP, layout), gl.convert_layout(tiles, layout, assert_trivial=True), cache_modifier=".cg")
+    gl.store(
+        _slot_places(p_slot, KP, layout), gl.convert_layout(tiles, layout, assert_trivial=True), cache_modifier=".cg"
+    )
 
 
 @gluon.jit
@@ -302,7 +297,6 @@ def _walk(
     end,
     state_layout: gl.constexpr,
     PARTS: gl.constexpr,
-    REVERSE: gl.constexpr,
 ):
     """Return the state after chunk `end`, from that before chunk `origin`; what comes before `begin` is forgotten.
 
@@ -311,24 +305,20 @@ def _walk(
     keys = buffers[AT_KEYS]
     values = buffers[AT_VALUES]
     barriers = buffers[AT_BARRIERS]
-    slope, n_chunks, length = sequence
+    slope, n_chunks, length, reverse = sequence
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
     HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
     operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
     # First and last token.
-    if REVERSE:
-        low = (n_chunks - end) * C
-        high = gl.minimum((n_chunks - origin) * C, length) - 1
-    else:
-        low = origin * C
-        high = gl.minimum(end * C, length) - 1
+    low = gl.where(reverse, n_chunks - end, origin) * C
+    high = gl.minimum(gl.where(reverse, n_chunks - origin, end) * C, length) - 1
     state = decayed(state, slope * gl.maximum(high + 1 - low, 0))
     rate = -slope * LOG2_E
     for i in range(begin, end):
         n = i - begin
         stage = n % STAGES
-        token = chunk_start(i, n_chunks, REVERSE) + gl.arange(0, C, layout=gl.SliceLayout(0, operand))
-        left = token - low + 1 if REVERSE else high - token
+        token = chunk_start(i, sequence) + gl.arange(0, C, layout=gl.SliceLayout(0, operand))
+        left = gl.where(reverse, 1 - low, high) + gl.where(reverse, 1, -1) * token
         decay_high, decay_low = split(gl.exp2(rate * gl.maximum(left, 0)))
         mbarrier.wait(barriers.index(WALK_FULL + stage), (n // STAGES) & 1)
         v = values.index(stage * HALVES + half).permute((1, 0))

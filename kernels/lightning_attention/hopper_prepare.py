@@ -34,17 +34,20 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     C,
     barrier,
     chunk_start,
+    count_down,
+    count_up,
     split,
 )
 
 
 @gluon.jit
-def prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.constexpr, REVERSE: gl.constexpr):
+def prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.constexpr):
     """Bring the chunks of a walk, then what the owners need to answer the queries of a segment."""
     keys = buffers[AT_KEYS]
     values = buffers[AT_VALUES]
     barriers = buffers[AT_BARRIERS]
-    slope, n_chunks, length = sequence
+    slope = sequence[0]
+    length = sequence[2]
     walk_begin, walk_end, first, end, column = way
     PARTS: gl.constexpr = 2 if K > 128 else 1
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
@@ -58,7 +61,7 @@ def prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.co
         n = i - walk_begin
         stage = n % STAGES
         mbarrier.wait(barriers.index(WALK_EMPTY + stage), ((n // STAGES) & 1) ^ 1)
-        t0 = chunk_start(i, n_chunks, REVERSE)
+        t0 = chunk_start(i, sequence)
         full = barriers.index(WALK_FULL + stage)
         mbarrier.expect(full, key.block_type.nbytes * PARTS + value.block_type.nbytes * HALVES)
         for part in gl.static_range(PARTS):
@@ -71,11 +74,11 @@ def prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.co
     tensors = (query, key, value)
     for stage in gl.static_range(STAGES):
         mbarrier.wait(barriers.index(EMPTY + stage), 0)
-        _load(tensors, buffers, first + stage, stage, end, column, n_chunks, PARTS, REVERSE)
+        _load(tensors, buffers, first + stage, stage, end, column, sequence, PARTS)
     if slope <= FACTORED_RATE:
-        _prepare_chunks(tensors, buffers, sequence, first, end, column, PARTS, REVERSE, True)
+        _prepare_chunks(tensors, buffers, sequence, first, end, column, PARTS, True)
     else:
-        _prepare_chunks(tensors, buffers, sequence, first, end, column, PARTS, REVERSE, False)
+        _prepare_chunks(tensors, buffers, sequence, first, end, column, PARTS, False)
 
 
 @gluon.jit
@@ -87,34 +90,32 @@ def _prepare_chunks(
     end,
     column,
     PARTS: gl.constexpr,
-    REVERSE: gl.constexpr,
     FACTORED: gl.constexpr,
 ):
-    n_chunks = sequence[1]
     if first < end:
         scores = _start_scores(buffers, 0, PARTS)
-        _store_scores(scores, buffers, sequence, first, 0, REVERSE, FACTORED)
+        _store_scores(scores, buffers, sequence, first, 0, FACTORED)
     for i in range(first + 1, end):
         n = i - first
         if PARTS == 1:
             scores = _start_scores(buffers, n, PARTS)
             if n > 1:
-                _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS, REVERSE)
+                _load_next(tensors, buffers, i, n, end, column, sequence, PARTS)
         else:
             # Two chunks have buffers: this one comes where the chunk before the last was.
             if n > 1:
-                _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS, REVERSE)
+                _load_next(tensors, buffers, i, n, end, column, sequence, PARTS)
             scores = _start_scores(buffers, n, PARTS)
-        _store_scores(scores, buffers, sequence, i, n, REVERSE, FACTORED)
+        _store_scores(scores, buffers, sequence, i, n, FACTORED)
 
 
 @gluon.jit
-def _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+def _load_next(tensors, buffers, i, n, end, column, sequence, PARTS: gl.constexpr):
     """Wait until the chunk before the last is answered, and start to copy a further one into its buffers."""
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
     free = (n - 2) % STAGES
     mbarrier.wait(buffers[AT_BARRIERS].index(EMPTY + free), ((n - 2) // STAGES + 1) & 1)
-    _load(tensors, buffers, i + STAGES - 2, free, end, column, n_chunks, PARTS, REVERSE)
+    _load(tensors, buffers, i + STAGES - 2, free, end, column, sequence, PARTS)
 
 
 @gluon.jit
@@ -137,26 +138,23 @@ def _start_scores(buffers, n, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
+def _store_scores(scores, buffers, sequence, i, n, FACTORED: gl.constexpr):
     """Wait for the scores of chunk i, the n-th here; publish them scaled and masked, and the values' decay."""
     parts = buffers[AT_SCORES]
     decays = buffers[AT_DECAYS]
     barriers = buffers[AT_BARRIERS]
-    slope, n_chunks, length = sequence
+    slope = sequence[0]
+    length = sequence[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     key_row = gl.arange(0, C, layout=gl.SliceLayout(1, layout)).to(gl.float32)
     query_row = gl.arange(0, C, layout=gl.SliceLayout(0, layout)).to(gl.float32)
-    count = gl.minimum(length - chunk_start(i, n_chunks, REVERSE), C)
+    count = gl.minimum(length - chunk_start(i, sequence), C)
     rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
-    # [C, C]: rows are keys, columns queries. Exponents of d.
-    if REVERSE:
-        seen = key_row[:, None] >= query_row[None, :]
-        key_exponent = rate * (count - 1 - key_row)
-        query_exponent = rate * (count - 1 - query_row)
-    else:
-        seen = query_row[None, :] >= key_row[:, None]
-        key_exponent = rate * (key_row + 1)
-        query_exponent = rate * (query_row + 1)
+    # [C, C]: rows are keys, columns queries.
+    way = gl.where(sequence[3], -1.0, 1.0)
+    seen = (way * query_row)[None, :] >= (way * key_row)[:, None]
+    key_exponent = rate * count_up(key_row, count, sequence)
+    query_exponent = rate * count_up(query_row, count, sequence)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     if FACTORED:
         scores = gl.where(seen, scores * gl.exp2(-key_exponent)[:, None], 0.0)
@@ -168,8 +166,7 @@ def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTOR
     parts.index(stage * 2 + 1).store(low)
     # Values decay until the chunk's end.
     row = gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])).to(gl.float32)
-    exponent = rate * (row + 1) if REVERSE else gl.minimum(rate * (count - 1 - row), 0.0)
-    high, low = split(gl.exp2(exponent))
+    high, low = split(gl.exp2(gl.minimum(rate * count_down(row, count, sequence), 0.0)))
     decays.index(stage * 2).store(high)
     decays.index(stage * 2 + 1).store(low)
     fence_async_shared()
@@ -178,7 +175,7 @@ def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTOR
 
 
 @gluon.jit
-def _load(tensors, buffers, i, stage, end, column, n_chunks, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+def _load(tensors, buffers, i, stage, end, column, sequence, PARTS: gl.constexpr):
     """Start to copy chunk i, if there is one, into the buffers of a stage."""
     query, key, value = tensors
     keys = buffers[AT_KEYS]
@@ -188,7 +185,7 @@ def _load(tensors, buffers, i, stage, end, column, n_chunks, PARTS: gl.constexpr
     HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
     KP: gl.constexpr = keys.shape[2]
     wanted = i < end
-    t0 = chunk_start(i, n_chunks, REVERSE)
+    t0 = chunk_start(i, sequence)
     full = buffers[AT_BARRIERS].index(FULL + stage)
     nbytes: gl.constexpr = key.block_type.nbytes * 2 * PARTS + value.block_type.nbytes * HALVES
     mbarrier.expect(full, nbytes, pred=wanted)

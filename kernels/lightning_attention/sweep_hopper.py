@@ -43,7 +43,7 @@ PREPARE_REGISTERS = gl.constexpr(88)
 
 # One variant for all numbers of tokens and heads.
 @gluon.jit(do_not_specialize=("T", "H"))
-def sweep_hopper_kernel(  # noqa: D103, PLR0915
+def sweep_hopper_kernel(  # noqa: D103
     p_query,
     p_key,
     p_value,
@@ -82,6 +82,83 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0915
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
 ):
+    i_column, i_segment = place_of_program(p_progress, HANDOVER)
+    # Constants as values, which is how a backward's sweeps differ; the compiler sees through it.
+    reverse = i_column * 0 + REVERSE != 0
+    stores_state = i_column * 0 == 0
+    sweep_program(
+        (p_query, query_stride_b, query_stride_t, query_stride_h),
+        (p_key, key_stride_b, key_stride_t, key_stride_h),
+        (p_value, value_stride_b, value_stride_t, value_stride_h),
+        (p_output, output_stride_b, output_stride_t, output_stride_h),
+        (p_past_state, past_stride_b, past_stride_h, past_stride_k, past_stride_v),
+        (p_present_state, present_stride_b, present_stride_h, present_stride_k, present_stride_v),
+        stores_state,
+        reverse,
+        p_slope_rate,
+        p_lengths,
+        p_carry,
+        p_progress,
+        T,
+        H,
+        i_column,
+        i_column,
+        i_segment,
+        K,
+        V,
+        HANDOVER,
+        STORE_STATE,
+    )
+
+
+@gluon.jit
+def place_of_program(p_progress, HANDOVER: gl.constexpr):
+    """Return this program's column of the grid and its segment."""
+    if HANDOVER == "lookback":
+        # Segments in the order in which programs start: those before one run already.
+        ticket = gl.atomic_add(p_progress, 1, sem="relaxed")
+        i_segment = ticket // gl.num_programs(0)
+        i_column = ticket % gl.num_programs(0)
+    else:
+        i_segment = gl.program_id(1)
+        i_column = gl.program_id(0)
+    return i_column, i_segment
+
+
+@gluon.jit
+def sweep_program(  # noqa: PLR0915
+    query,
+    key,
+    value,
+    output,
+    past,
+    present,
+    stores_state,
+    reverse,
+    p_slope_rate,
+    p_lengths,
+    p_carry,
+    p_progress,
+    T,
+    H,
+    i_place,
+    i_column,
+    i_segment,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    HANDOVER: gl.constexpr,
+    STORE_STATE: gl.constexpr,
+):
+    """Do one segment of one sweep, for one block of a head's columns.
+
+    Args:
+        query, key, value, output: Address and strides of batch, token and head.
+        past, present: Address and strides of batch, head, key row and column.
+        stores_state: Whether the last segment writes `present`, if STORE_STATE.
+        reverse: Whether the state goes from the last token to the first.
+        i_place: Of the column among all of the grid, which has its own places in `p_carry` and `p_progress`.
+        i_column: Of the column among those of this sweep: a row of the batch, a head, a block of columns.
+    """
     # Keys of 256 are cut in two: each owner has 128 rows of the same 64 columns.
     PARTS: gl.constexpr = 2 if K > 128 else 1
     KP: gl.constexpr = K // PARTS
@@ -94,13 +171,6 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0915
 
     heads = gl.num_programs(0)
     segments = gl.num_programs(1)
-    if HANDOVER == "lookback":
-        ticket = gl.atomic_add(p_progress, 1, sem="relaxed")
-        i_segment = ticket // heads
-        i_column = ticket % heads
-    else:
-        i_segment = gl.program_id(1)
-        i_column = gl.program_id(0)
     i_v = i_column % NV
     i_b = (i_column // NV) // H
     i_h = (i_column // NV) % H
@@ -123,10 +193,8 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0915
         walk_begin = gl.maximum(walk_end - remembered, first)
     column = i_v * BV
 
-    p_output += i_b.to(gl.int64) * output_stride_b + i_h.to(gl.int64) * output_stride_h
-    p_query += i_b.to(gl.int64) * query_stride_b + i_h.to(gl.int64) * query_stride_h
-    p_key += i_b.to(gl.int64) * key_stride_b + i_h.to(gl.int64) * key_stride_h
-    p_value += i_b.to(gl.int64) * value_stride_b + i_h.to(gl.int64) * value_stride_h
+    batch = i_b.to(gl.int64)
+    head = i_h.to(gl.int64)
 
     keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PARTS, C, KP], row_tile)
     queries = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PARTS, C, KP], row_tile)
@@ -150,26 +218,24 @@ def sweep_hopper_kernel(  # noqa: D103, PLR0915
     fence_async_shared()
     barrier()
 
-    p_past_state += i_b.to(gl.int64) * past_stride_b + i_h.to(gl.int64) * past_stride_h
-    p_present_state += i_b.to(gl.int64) * present_stride_b + i_h.to(gl.int64) * present_stride_h
-    p_slots = p_carry + i_column.to(gl.int64) * (K * BV)
-    p_ready = p_progress + 1 + i_column
+    p_slots = p_carry + i_place.to(gl.int64) * (K * BV)
+    p_ready = p_progress + 1 + i_place
     buffers = (keys, queries, values, scores, out, partial, decays, barriers)
-    sequence = (slope, n_chunks, length)
+    sequence = (slope, n_chunks, length, reverse)
     way = (walk_begin, walk_end, first, end, column)
     place = (i_segment, n_segments, segment_chunks, segments, heads)
-    query = (p_query, query_stride_t)
-    key = (p_key, key_stride_t)
-    value = (p_value, value_stride_t)
-    output = (p_output, output_stride_t, T)
-    past = (p_past_state, past_stride_k, past_stride_v)
-    present = (p_present_state, present_stride_k, present_stride_v)
-    memory = (past, present, p_slots, p_ready)
+    query = (query[0] + batch * query[1] + head * query[3], query[2])
+    key = (key[0] + batch * key[1] + head * key[3], key[2])
+    value = (value[0] + batch * value[1] + head * value[3], value[2])
+    output = (output[0] + batch * output[1] + head * output[3], output[2], T)
+    past = (past[0] + batch * past[1] + head * past[2], past[3], past[4])
+    present = (present[0] + batch * present[1] + head * present[2], present[3], present[4])
+    memory = (past, present, stores_state, p_slots, p_ready)
     gl.warp_specialize(
         [
-            (own, (0, buffers, sequence, way, place, output, memory, K, V, REVERSE, HANDOVER, STORE_STATE)),
-            (own, (1, buffers, sequence, way, place, output, memory, K, V, REVERSE, HANDOVER, STORE_STATE)),
-            (prepare, (buffers, sequence, way, query, key, value, K, V, REVERSE)),
+            (own, (0, buffers, sequence, way, place, output, memory, K, V, HANDOVER, STORE_STATE)),
+            (own, (1, buffers, sequence, way, place, output, memory, K, V, HANDOVER, STORE_STATE)),
+            (prepare, (buffers, sequence, way, query, key, value, K, V)),
         ],
         [4, 4],
         [OWNER_REGISTERS, PREPARE_REGISTERS],

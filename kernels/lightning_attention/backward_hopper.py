@@ -1,0 +1,114 @@
+"""The three sweeps of a backward (see `chunk.py`) in one grid, for Hopper GPUs and heads with K = V.
+
+One after the other, each would be cut into segments to fill the device, and walk tokens twice. Together they have three
+times the columns, so they are cut less often, and what a launch costs is paid once.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from tnllm_export.kernels.lightning_attention.sweep_hopper import place_of_program, sweep_program
+
+SWEEPS = gl.constexpr(3)
+
+
+@gluon.jit(do_not_specialize=("T", "H"))
+def backward_hopper_kernel(  # noqa: D103
+    p_query,
+    p_key,
+    p_value,
+    p_grad_output,
+    p_slope_rate,
+    p_past_state,
+    p_grad_state,
+    p_lengths,
+    p_grad_query,
+    p_grad_key,
+    p_grad_value,
+    p_grad_past,
+    p_carry,
+    p_progress,
+    T,
+    H,
+    query_stride_b,
+    query_stride_t,
+    query_stride_h,
+    key_stride_b,
+    key_stride_t,
+    key_stride_h,
+    value_stride_b,
+    value_stride_t,
+    value_stride_h,
+    grad_output_stride_b,
+    grad_output_stride_t,
+    grad_output_stride_h,
+    past_stride_b,
+    past_stride_h,
+    past_stride_k,
+    past_stride_v,
+    grad_state_stride_b,
+    grad_state_stride_h,
+    grad_state_stride_k,
+    grad_state_stride_v,
+    K: gl.constexpr,
+    HANDOVER: gl.constexpr,
+):
+    i_place, i_segment = place_of_program(p_progress, HANDOVER)
+    columns = gl.num_programs(0) // SWEEPS
+    i_sweep = i_place // columns
+    if i_sweep == 0:
+        # dq: do, v, k; the state's transpose
+        p_asks, asks_b, asks_t, asks_h = p_grad_output, grad_output_stride_b, grad_output_stride_t, grad_output_stride_h
+        p_row, row_b, row_t, row_h = p_value, value_stride_b, value_stride_t, value_stride_h
+        p_column, column_b, column_t, column_h = p_key, key_stride_b, key_stride_t, key_stride_h
+        p_answer = p_grad_query
+        p_state, state_b, state_h = p_past_state, past_stride_b, past_stride_h
+        state_k, state_v = past_stride_v, past_stride_k
+    elif i_sweep == 1:
+        # dk: v, do, q; the transpose of the state's gradient
+        p_asks, asks_b, asks_t, asks_h = p_value, value_stride_b, value_stride_t, value_stride_h
+        p_row, row_b, row_t, row_h = p_grad_output, grad_output_stride_b, grad_output_stride_t, grad_output_stride_h
+        p_column, column_b, column_t, column_h = p_query, query_stride_b, query_stride_t, query_stride_h
+        p_answer = p_grad_key
+        p_state, state_b, state_h = p_grad_state, grad_state_stride_b, grad_state_stride_h
+        state_k, state_v = grad_state_stride_v, grad_state_stride_k
+    else:
+        # dv: k, q, do; the state's gradient
+        p_asks, asks_b, asks_t, asks_h = p_key, key_stride_b, key_stride_t, key_stride_h
+        p_row, row_b, row_t, row_h = p_query, query_stride_b, query_stride_t, query_stride_h
+        p_column, column_b, column_t, column_h = (
+            p_grad_output,
+            grad_output_stride_b,
+            grad_output_stride_t,
+            grad_output_stride_h,
+        )
+        p_answer = p_grad_value
+        p_state, state_b, state_h = p_grad_state, grad_state_stride_b, grad_state_stride_h
+        state_k, state_v = grad_state_stride_k, grad_state_stride_v
+    # Results are dense.
+    row = H * K
+    sweep_program(
+        (p_asks, asks_b, asks_t, asks_h),
+        (p_row, row_b, row_t, row_h),
+        (p_column, column_b, column_t, column_h),
+        (p_answer, row.to(gl.int64) * T, row, K),
+        (p_state, state_b, state_h, state_k, state_v),
+        (p_grad_past, H * (K * K), K * K, K, 1),
+        i_sweep == 2,
+        i_sweep > 0,
+        p_slope_rate,
+        p_lengths,
+        p_carry,
+        p_progress,
+        T,
+        H,
+        i_place,
+        i_place % columns,
+        i_segment,
+        K,
+        K,
+        HANDOVER,
+        True,
+    )
