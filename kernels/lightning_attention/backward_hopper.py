@@ -109,6 +109,7 @@ def backward_hopper_kernel(  # noqa: D103
         i_segment,
         K,
         K,
+        None,
         HANDOVER,
         True,
     )

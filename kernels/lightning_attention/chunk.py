@@ -66,7 +66,7 @@ def lightning_attention_triton_backward(
     """Return the gradients of query, key, value and past_state. Args are those of the blocked backward."""
     dq, dk, dv, d_state = _like(query), _like(key), _like(value), _like(past_state)
     inputs = (query, key, value, grad_output, slope_rate, past_state, grad_state, lengths)
-    if _sweep_back_at_once(inputs, (dq, dk, dv, d_state)):
+    if sweep_back(inputs, (dq, dk, dv, d_state)):
         return dq, dk, dv, d_state
     sweep(grad_output, value, key, slope_rate, past_state.mT, lengths, dq, None)
     sweep(value, grad_output, query, slope_rate, grad_state.mT, lengths, dk, None, reverse=True)
@@ -140,8 +140,8 @@ def sweep(
     launch(cut.kernel, (cut, misalignment), cut.grid, tensors + cut.numbers, cut.constants, cut.warps)
 
 
-def _sweep_back_at_once(inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], plan: SweepPlan | None = None) -> bool:
-    """Launch the three sweeps of a backward as one; False where there is no kernel for that, and nothing is done.
+def sweep_back(inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], plan: SweepPlan | None = None) -> bool:
+    """Launch the three sweeps of a backward as one; return False, and do nothing, where there is no kernel for that.
 
     Args:
         inputs: Query, key, value, grad_output, slope_rate, past_state, grad_state and lengths, as for the backward.
@@ -154,7 +154,7 @@ def _sweep_back_at_once(inputs: tuple[Tensor, ...], results: tuple[Tensor, ...],
         return False
     if not is_current(device):
         with torch.cuda.device(device):
-            return _sweep_back_at_once(inputs, results, plan)
+            return sweep_back(inputs, results, plan)
     query, key, value, grad_output = (_dense_rows(x) for x in (query, key, value, grad_output))
     slope_rate, lengths = slope_rate.contiguous(), lengths.contiguous()
     strides = tuple([x.stride() for x in (query, key, value, grad_output, past_state, grad_state)])

@@ -45,16 +45,15 @@ def decayed(state, rate):
 
 
 @gluon.jit
-def parts(x, layout: gl.constexpr):
-    """Two bfloat16 tiles in an operand's layout whose sum is x but for 2^-16 of it."""
-    high, low = split(x)
-    return gl.convert_layout(high, layout), gl.convert_layout(low, layout)
+def upper_part(x):
+    """X cut to a bfloat16 number, in float32."""
+    return (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
 def split(x):
     """Two bfloat16 tiles whose sum is x but for 2^-16 of it."""
-    high = (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+    high = upper_part(x)
     return high.to(gl.bfloat16), (x - high).to(gl.bfloat16)
 
 
@@ -89,35 +88,18 @@ def decay_factors(rate):
 
 
 @gluon.jit
-def tokens(i_segment, segment_chunks, sequence):
+def tokens(i_segment, segment_chunks, n_chunks, length, REVERSE: gl.constexpr):
     """As `sweep._tokens`: valid tokens of a segment that is not the last one."""
-    _, n_chunks, length, reverse = sequence
-    left = n_chunks - i_segment * segment_chunks
-    return gl.where(reverse, gl.minimum(left * C, length) - (left - segment_chunks) * C, segment_chunks * C)
+    if REVERSE:
+        left = n_chunks - i_segment * segment_chunks
+        return gl.minimum(left * C, length) - (left - segment_chunks) * C
+    return segment_chunks * C
 
 
 @gluon.jit
-def chunk_start(i, sequence):
+def chunk_start(i, n_chunks, REVERSE: gl.constexpr):
     """First token of the i-th chunk on the way."""
-    _, n_chunks, _, reverse = sequence
-    return gl.where(reverse, n_chunks - 1 - i, i) * C
-
-
-@gluon.jit
-def count_up(row, count, sequence):
-    """Tokens from the state before a chunk of `count` tokens to each row's answer. Rows are float32.
-
-    Forwards the state decays before a token answers, backwards after it.
-    """
-    reverse = sequence[3]
-    return gl.where(reverse, (count - 1).to(gl.float32), 1.0) + gl.where(reverse, -1.0, 1.0) * row
-
-
-@gluon.jit
-def count_down(row, count, sequence):
-    """Tokens that each row's value decays until the state after a chunk of `count` tokens."""
-    reverse = sequence[3]
-    return gl.where(reverse, 1.0, (count - 1).to(gl.float32)) + gl.where(reverse, 1.0, -1.0) * row
+    return ((n_chunks - 1 - i) if REVERSE else i) * C
 
 
 @gluon.jit

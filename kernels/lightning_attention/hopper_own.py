@@ -36,19 +36,48 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     C,
     barrier,
     chunk_start,
-    count_up,
     decay_factors,
     decayed,
-    parts,
     scaled_parts,
     split,
     tokens,
+    upper_part,
     wait_for,
 )
 
 
 @gluon.jit
-def own(  # noqa: PLR0912, PLR0915
+def own(
+    owner,
+    buffers,
+    sequence,
+    way,
+    place,
+    output,
+    memory,
+    reverse,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    REVERSE: gl.constexpr,
+    HANDOVER: gl.constexpr,
+    STORE_STATE: gl.constexpr,
+):
+    """Own half of a program's state: bring it to the start of the segment, then answer its queries.
+
+    Half of the columns; where K is 256, half of the rows. `reverse` counts where REVERSE is None: what runs is compiled
+    for one direction all the same.
+    """
+    if REVERSE is None:
+        if reverse:
+            _own(owner, buffers, sequence, way, place, output, memory, K, V, True, HANDOVER, STORE_STATE)
+        else:
+            _own(owner, buffers, sequence, way, place, output, memory, K, V, False, HANDOVER, STORE_STATE)
+    else:
+        _own(owner, buffers, sequence, way, place, output, memory, K, V, REVERSE, HANDOVER, STORE_STATE)
+
+
+@gluon.jit
+def _own(  # noqa: PLR0912, PLR0915
     owner,
     buffers,
     sequence,
@@ -58,13 +87,10 @@ def own(  # noqa: PLR0912, PLR0915
     memory,
     K: gl.constexpr,
     V: gl.constexpr,
+    REVERSE: gl.constexpr,
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
 ):
-    """Own half of a program's state: bring it to the start of the segment, then answer its queries.
-
-    Half of the columns; where K is 256, half of the rows.
-    """
     PARTS: gl.constexpr = 2 if K > 128 else 1
     KP: gl.constexpr = K // PARTS
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
@@ -72,8 +98,7 @@ def own(  # noqa: PLR0912, PLR0915
     half = owner if PARTS == 1 else 0
     part = 0 if PARTS == 1 else owner
     barriers = buffers[AT_BARRIERS]
-    slope = sequence[0]
-    n_chunks = sequence[1]
+    slope, n_chunks, length = sequence
     walk_begin, walk_end, first, end, column = way
     i_segment, n_segments, segment_chunks, segments, heads = place
     past, present, stores_state, p_slots, p_ready = memory
@@ -108,18 +133,22 @@ def own(  # noqa: PLR0912, PLR0915
         # Else the compiler takes the loop's first state for a product that is under way, and waits in each chunk.
         state = warpgroup_mma_wait(0, deps=(gl.load(p_past),))
     elif HANDOVER == "recompute":
-        state = _walk(gl.load(p_past), half, part, buffers, sequence, 0, walk_begin, walk_end, state_layout, PARTS)
+        state = _walk(
+            gl.load(p_past), half, part, buffers, sequence, 0, walk_begin, walk_end, state_layout, PARTS, REVERSE
+        )
     else:
         p_slots += owner * (HALF * KP)
         slot_stride = heads.to(gl.int64) * (K * BV)
         state = gl.zeros([HALF, KP], gl.float32, state_layout)
-        state = _walk(state, half, part, buffers, sequence, walk_begin, walk_begin, walk_end, state_layout, PARTS)
+        state = _walk(
+            state, half, part, buffers, sequence, walk_begin, walk_begin, walk_end, state_layout, PARTS, REVERSE
+        )
         # Only the first segment reads it; the last one, which may write over it in place, waits for that.
         before = gl.zeros([HALF, KP], gl.float32, state_layout)
         if i_segment == 0:
             before = gl.load(p_past)
         if i_segment < n_segments - 1:
-            state += decayed(before, slope * tokens(i_segment, segment_chunks, sequence))
+            state += decayed(before, slope * tokens(i_segment, segment_chunks, n_chunks, length, REVERSE))
             _store_slot(p_slots + i_segment * slot_stride, state)
             # All threads' stores come before the release.
             barrier()
@@ -135,13 +164,17 @@ def own(  # noqa: PLR0912, PLR0915
             i_before -= 1
             wait_for(p_ready + i_before * heads, 2)  # both owners
             state += decayed(_load_slot(p_slots + i_before * slot_stride, KP, state_layout), slope * since)
-            since += tokens(i_before, segment_chunks, sequence)
+            since += tokens(i_before, segment_chunks, n_chunks, length, REVERSE)
 
     # A head that forgets within few tokens would overflow what the others count backwards.
     if slope <= FACTORED_RATE:
-        state = _answer(state, half, part, buffers, sequence, first, end, column, output, state_layout, PARTS, True)
+        state = _answer(
+            state, half, part, buffers, sequence, first, end, column, output, state_layout, PARTS, REVERSE, True
+        )
     else:
-        state = _answer(state, half, part, buffers, sequence, first, end, column, output, state_layout, PARTS, False)
+        state = _answer(
+            state, half, part, buffers, sequence, first, end, column, output, state_layout, PARTS, REVERSE, False
+        )
 
     if STORE_STATE:  # noqa: SIM102
         if stores_state & (i_segment == n_segments - 1):
@@ -166,6 +199,7 @@ def _answer(  # noqa: PLR0915
     output,
     state_layout: gl.constexpr,
     PARTS: gl.constexpr,
+    REVERSE: gl.constexpr,
     FACTORED: gl.constexpr,
 ):
     """Write the output of chunks `first` to `end`; return the state after them.
@@ -175,8 +209,7 @@ def _answer(  # noqa: PLR0915
     multiplied by its own d_i / d_j, which never overflows.
     """
     keys, queries, values, scores, out, partial, decays, barriers = buffers
-    slope = sequence[0]
-    length = sequence[2]
+    slope, n_chunks, length = sequence
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
     HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
@@ -187,11 +220,11 @@ def _answer(  # noqa: PLR0915
     for i in range(first, end):
         n = i - first
         stage = n % STAGES
-        t0 = chunk_start(i, sequence)
+        t0 = chunk_start(i, n_chunks, REVERSE)
         count = gl.minimum(length - t0, C)
         # Computed anew for each chunk (count is always positive): registers are scarcer than exponentials.
         rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
-        exponent = rate * count_up(query_row, count, sequence)
+        exponent = rate * (count - 1 - query_row) if REVERSE else rate * (query_row + 1)
         k = keys.index(stage * PARTS + part)
         q = queries.index(stage * PARTS + part).permute((1, 0))
         v = values.index(stage * HALVES + half).permute((1, 0))
@@ -200,8 +233,11 @@ def _answer(  # noqa: PLR0915
         second_scores = scores.index(n % SCORE_STAGES * 2 + 1)
 
         mbarrier.wait(barriers.index(FULL + stage), (n // STAGES) & 1)
-        high, low = parts(state, state_operand)
+        # The second part is made while the first one's product runs.
+        first_part = upper_part(state)
+        high = gl.convert_layout(first_part.to(gl.bfloat16), state_operand)
         o = warpgroup_mma(high, q, gl.zeros([HALF, C], gl.float32, chunk_layout), use_acc=False, is_async=True)
+        low = gl.convert_layout((state - first_part).to(gl.bfloat16), state_operand)
         o = warpgroup_mma(low, q, o, is_async=True)
         # What rounding the decay leaves out is owed to the next chunk: else a slow head would drift.
         keep, change = decay_factors(slope * count)
@@ -265,9 +301,8 @@ def _store_slot(p_slot, state):
     KP: gl.constexpr = state.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([KP // 8, 4], [1, 32], [4, 1], [1, 0])
     tiles = state.reshape([4, 2, 8, KP // 8, 4, 2]).permute((0, 3, 2, 4, 1, 5)).reshape([KP // 2, 128])
-    gl.store(
-        _slot_places(p_slot, KP, layout), gl.convert_layout(tiles, layout, assert_trivial=True), cache_modifier=".cg"
-    )
+    tiles = gl.convert_layout(tiles, layout, assert_trivial=True)
+    gl.store(_slot_places(p_slot, KP, layout), tiles, cache_modifier=".cg")
 
 
 @gluon.jit
@@ -297,6 +332,7 @@ def _walk(
     end,
     state_layout: gl.constexpr,
     PARTS: gl.constexpr,
+    REVERSE: gl.constexpr,
 ):
     """Return the state after chunk `end`, from that before chunk `origin`; what comes before `begin` is forgotten.
 
@@ -305,20 +341,24 @@ def _walk(
     keys = buffers[AT_KEYS]
     values = buffers[AT_VALUES]
     barriers = buffers[AT_BARRIERS]
-    slope, n_chunks, length, reverse = sequence
+    slope, n_chunks, length = sequence
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
     HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
     operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
     # First and last token.
-    low = gl.where(reverse, n_chunks - end, origin) * C
-    high = gl.minimum(gl.where(reverse, n_chunks - origin, end) * C, length) - 1
+    if REVERSE:
+        low = (n_chunks - end) * C
+        high = gl.minimum((n_chunks - origin) * C, length) - 1
+    else:
+        low = origin * C
+        high = gl.minimum(end * C, length) - 1
     state = decayed(state, slope * gl.maximum(high + 1 - low, 0))
     rate = -slope * LOG2_E
     for i in range(begin, end):
         n = i - begin
         stage = n % STAGES
-        token = chunk_start(i, sequence) + gl.arange(0, C, layout=gl.SliceLayout(0, operand))
-        left = gl.where(reverse, 1 - low, high) + gl.where(reverse, 1, -1) * token
+        token = chunk_start(i, n_chunks, REVERSE) + gl.arange(0, C, layout=gl.SliceLayout(0, operand))
+        left = token - low + 1 if REVERSE else high - token
         decay_high, decay_low = split(gl.exp2(rate * gl.maximum(left, 0)))
         mbarrier.wait(barriers.index(WALK_FULL + stage), (n // STAGES) & 1)
         v = values.index(stage * HALVES + half).permute((1, 0))

@@ -34,20 +34,33 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     C,
     barrier,
     chunk_start,
-    count_down,
-    count_up,
     split,
 )
 
 
 @gluon.jit
-def prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.constexpr):
-    """Bring the chunks of a walk, then what the owners need to answer the queries of a segment."""
+def prepare(
+    buffers, sequence, way, query, key, value, reverse, K: gl.constexpr, V: gl.constexpr, REVERSE: gl.constexpr
+):
+    """Bring the chunks of a walk, then what the owners need to answer the queries of a segment.
+
+    `reverse` counts where REVERSE is None.
+    """
+    if REVERSE is None:
+        if reverse:
+            _prepare(buffers, sequence, way, query, key, value, K, V, True)
+        else:
+            _prepare(buffers, sequence, way, query, key, value, K, V, False)
+    else:
+        _prepare(buffers, sequence, way, query, key, value, K, V, REVERSE)
+
+
+@gluon.jit
+def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.constexpr, REVERSE: gl.constexpr):
     keys = buffers[AT_KEYS]
     values = buffers[AT_VALUES]
     barriers = buffers[AT_BARRIERS]
-    slope = sequence[0]
-    length = sequence[2]
+    slope, n_chunks, length = sequence
     walk_begin, walk_end, first, end, column = way
     PARTS: gl.constexpr = 2 if K > 128 else 1
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
@@ -61,7 +74,7 @@ def prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.co
         n = i - walk_begin
         stage = n % STAGES
         mbarrier.wait(barriers.index(WALK_EMPTY + stage), ((n // STAGES) & 1) ^ 1)
-        t0 = chunk_start(i, sequence)
+        t0 = chunk_start(i, n_chunks, REVERSE)
         full = barriers.index(WALK_FULL + stage)
         mbarrier.expect(full, key.block_type.nbytes * PARTS + value.block_type.nbytes * HALVES)
         for part in gl.static_range(PARTS):
@@ -74,11 +87,11 @@ def prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.co
     tensors = (query, key, value)
     for stage in gl.static_range(STAGES):
         mbarrier.wait(barriers.index(EMPTY + stage), 0)
-        _load(tensors, buffers, first + stage, stage, end, column, sequence, PARTS)
+        _load(tensors, buffers, first + stage, stage, end, column, n_chunks, PARTS, REVERSE)
     if slope <= FACTORED_RATE:
-        _prepare_chunks(tensors, buffers, sequence, first, end, column, PARTS, True)
+        _prepare_chunks(tensors, buffers, sequence, first, end, column, PARTS, REVERSE, True)
     else:
-        _prepare_chunks(tensors, buffers, sequence, first, end, column, PARTS, False)
+        _prepare_chunks(tensors, buffers, sequence, first, end, column, PARTS, REVERSE, False)
 
 
 @gluon.jit
@@ -90,32 +103,34 @@ def _prepare_chunks(
     end,
     column,
     PARTS: gl.constexpr,
+    REVERSE: gl.constexpr,
     FACTORED: gl.constexpr,
 ):
+    n_chunks = sequence[1]
     if first < end:
         scores = _start_scores(buffers, 0, PARTS)
-        _store_scores(scores, buffers, sequence, first, 0, FACTORED)
+        _store_scores(scores, buffers, sequence, first, 0, REVERSE, FACTORED)
     for i in range(first + 1, end):
         n = i - first
         if PARTS == 1:
             scores = _start_scores(buffers, n, PARTS)
             if n > 1:
-                _load_next(tensors, buffers, i, n, end, column, sequence, PARTS)
+                _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS, REVERSE)
         else:
             # Two chunks have buffers: this one comes where the chunk before the last was.
             if n > 1:
-                _load_next(tensors, buffers, i, n, end, column, sequence, PARTS)
+                _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS, REVERSE)
             scores = _start_scores(buffers, n, PARTS)
-        _store_scores(scores, buffers, sequence, i, n, FACTORED)
+        _store_scores(scores, buffers, sequence, i, n, REVERSE, FACTORED)
 
 
 @gluon.jit
-def _load_next(tensors, buffers, i, n, end, column, sequence, PARTS: gl.constexpr):
+def _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     """Wait until the chunk before the last is answered, and start to copy a further one into its buffers."""
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
     free = (n - 2) % STAGES
     mbarrier.wait(buffers[AT_BARRIERS].index(EMPTY + free), ((n - 2) // STAGES + 1) & 1)
-    _load(tensors, buffers, i + STAGES - 2, free, end, column, sequence, PARTS)
+    _load(tensors, buffers, i + STAGES - 2, free, end, column, n_chunks, PARTS, REVERSE)
 
 
 @gluon.jit
@@ -138,23 +153,26 @@ def _start_scores(buffers, n, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _store_scores(scores, buffers, sequence, i, n, FACTORED: gl.constexpr):
+def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
     """Wait for the scores of chunk i, the n-th here; publish them scaled and masked, and the values' decay."""
     parts = buffers[AT_SCORES]
     decays = buffers[AT_DECAYS]
     barriers = buffers[AT_BARRIERS]
-    slope = sequence[0]
-    length = sequence[2]
+    slope, n_chunks, length = sequence
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     key_row = gl.arange(0, C, layout=gl.SliceLayout(1, layout)).to(gl.float32)
     query_row = gl.arange(0, C, layout=gl.SliceLayout(0, layout)).to(gl.float32)
-    count = gl.minimum(length - chunk_start(i, sequence), C)
+    count = gl.minimum(length - chunk_start(i, n_chunks, REVERSE), C)
     rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
-    # [C, C]: rows are keys, columns queries.
-    way = gl.where(sequence[3], -1.0, 1.0)
-    seen = (way * query_row)[None, :] >= (way * key_row)[:, None]
-    key_exponent = rate * count_up(key_row, count, sequence)
-    query_exponent = rate * count_up(query_row, count, sequence)
+    # [C, C]: rows are keys, columns queries. Exponents of d.
+    if REVERSE:
+        seen = key_row[:, None] >= query_row[None, :]
+        key_exponent = rate * (count - 1 - key_row)
+        query_exponent = rate * (count - 1 - query_row)
+    else:
+        seen = query_row[None, :] >= key_row[:, None]
+        key_exponent = rate * (key_row + 1)
+        query_exponent = rate * (query_row + 1)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     if FACTORED:
         scores = gl.where(seen, scores * gl.exp2(-key_exponent)[:, None], 0.0)
@@ -166,7 +184,8 @@ def _store_scores(scores, buffers, sequence, i, n, FACTORED: gl.constexpr):
     parts.index(stage * 2 + 1).store(low)
     # Values decay until the chunk's end.
     row = gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])).to(gl.float32)
-    high, low = split(gl.exp2(gl.minimum(rate * count_down(row, count, sequence), 0.0)))
+    exponent = rate * (row + 1) if REVERSE else gl.minimum(rate * (count - 1 - row), 0.0)
+    high, low = split(gl.exp2(exponent))
     decays.index(stage * 2).store(high)
     decays.index(stage * 2 + 1).store(low)
     fence_async_shared()
@@ -175,7 +194,7 @@ def _store_scores(scores, buffers, sequence, i, n, FACTORED: gl.constexpr):
 
 
 @gluon.jit
-def _load(tensors, buffers, i, stage, end, column, sequence, PARTS: gl.constexpr):
+def _load(tensors, buffers, i, stage, end, column, n_chunks, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     """Start to copy chunk i, if there is one, into the buffers of a stage."""
     query, key, value = tensors
     keys = buffers[AT_KEYS]
@@ -185,7 +204,7 @@ def _load(tensors, buffers, i, stage, end, column, sequence, PARTS: gl.constexpr
     HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
     KP: gl.constexpr = keys.shape[2]
     wanted = i < end
-    t0 = chunk_start(i, sequence)
+    t0 = chunk_start(i, n_chunks, REVERSE)
     full = buffers[AT_BARRIERS].index(FULL + stage)
     nbytes: gl.constexpr = key.block_type.nbytes * 2 * PARTS + value.block_type.nbytes * HALVES
     mbarrier.expect(full, nbytes, pred=wanted)

@@ -83,9 +83,7 @@ def sweep_hopper_kernel(  # noqa: D103
     STORE_STATE: gl.constexpr,
 ):
     i_column, i_segment = place_of_program(p_progress, HANDOVER)
-    # Constants as values, which is how a backward's sweeps differ; the compiler sees through it.
-    reverse = i_column * 0 + REVERSE != 0
-    stores_state = i_column * 0 == 0
+    always = i_column * 0 == 0  # a value, as where several sweeps share a launch; the compiler sees through it
     sweep_program(
         (p_query, query_stride_b, query_stride_t, query_stride_h),
         (p_key, key_stride_b, key_stride_t, key_stride_h),
@@ -93,8 +91,8 @@ def sweep_hopper_kernel(  # noqa: D103
         (p_output, output_stride_b, output_stride_t, output_stride_h),
         (p_past_state, past_stride_b, past_stride_h, past_stride_k, past_stride_v),
         (p_present_state, present_stride_b, present_stride_h, present_stride_k, present_stride_v),
-        stores_state,
-        reverse,
+        always,
+        always,
         p_slope_rate,
         p_lengths,
         p_carry,
@@ -106,6 +104,7 @@ def sweep_hopper_kernel(  # noqa: D103
         i_segment,
         K,
         V,
+        REVERSE,
         HANDOVER,
         STORE_STATE,
     )
@@ -146,6 +145,7 @@ def sweep_program(  # noqa: PLR0915
     i_segment,
     K: gl.constexpr,
     V: gl.constexpr,
+    REVERSE: gl.constexpr,
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
 ):
@@ -155,7 +155,7 @@ def sweep_program(  # noqa: PLR0915
         query, key, value, output: Address and strides of batch, token and head.
         past, present: Address and strides of batch, head, key row and column.
         stores_state: Whether the last segment writes `present`, if STORE_STATE.
-        reverse: Whether the state goes from the last token to the first.
+        reverse: Whether the state goes from the last token to the first, if REVERSE is None, which says so else.
         i_place: Of the column among all of the grid, which has its own places in `p_carry` and `p_progress`.
         i_column: Of the column among those of this sweep: a row of the batch, a head, a block of columns.
     """
@@ -221,7 +221,7 @@ def sweep_program(  # noqa: PLR0915
     p_slots = p_carry + i_place.to(gl.int64) * (K * BV)
     p_ready = p_progress + 1 + i_place
     buffers = (keys, queries, values, scores, out, partial, decays, barriers)
-    sequence = (slope, n_chunks, length, reverse)
+    sequence = (slope, n_chunks, length)
     way = (walk_begin, walk_end, first, end, column)
     place = (i_segment, n_segments, segment_chunks, segments, heads)
     query = (query[0] + batch * query[1] + head * query[3], query[2])
@@ -233,9 +233,9 @@ def sweep_program(  # noqa: PLR0915
     memory = (past, present, stores_state, p_slots, p_ready)
     gl.warp_specialize(
         [
-            (own, (0, buffers, sequence, way, place, output, memory, K, V, HANDOVER, STORE_STATE)),
-            (own, (1, buffers, sequence, way, place, output, memory, K, V, HANDOVER, STORE_STATE)),
-            (prepare, (buffers, sequence, way, query, key, value, K, V)),
+            (own, (0, buffers, sequence, way, place, output, memory, reverse, K, V, REVERSE, HANDOVER, STORE_STATE)),
+            (own, (1, buffers, sequence, way, place, output, memory, reverse, K, V, REVERSE, HANDOVER, STORE_STATE)),
+            (prepare, (buffers, sequence, way, query, key, value, reverse, K, V, REVERSE)),
         ],
         [4, 4],
         [OWNER_REGISTERS, PREPARE_REGISTERS],

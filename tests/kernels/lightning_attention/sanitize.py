@@ -33,7 +33,8 @@ def inputs(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> list[t
 
 
 def main() -> None:
-    for (name, dtype), (K, V), (handover, segments) in product(DTYPES.items(), ((128, 128), (48, 80)), PLANS.items()):
+    sizes = ((128, 128), (256, 128), (48, 80))
+    for (name, dtype), (K, V), (handover, segments) in product(DTYPES.items(), sizes, PLANS.items()):
         tile = sweep_tile(K, V, name, capability(torch.device("cuda", torch.cuda.current_device())))  # type: ignore[arg-type]
         chunks = 10
         arguments = inputs(3, tile.chunk * chunks - 5, 1, K, V, dtype)
@@ -45,14 +46,14 @@ def main() -> None:
             assert output.isfinite().all()
             assert state.isfinite().all()
         print(name, K, V, handover, flush=True)
-    for dtype in DTYPES.values():
-        *activations, slope_rate, past_state, _ = inputs(3, 1, 2, 48, 80, dtype)
+    for dtype, (K, V) in product(DTYPES.values(), ((48, 80), (128, 128))):
+        *activations, slope_rate, past_state, _ = inputs(3, 1, 2, K, V, dtype)
         lightning_attention_step(*(x[:, 0] for x in activations), slope_rate, past_state)
-        leaves = [x.requires_grad_(i in (0, 1, 2, 4)) for i, x in enumerate(inputs(3, 300, 2, 48, 80, dtype))]
+        leaves = [x.requires_grad_(i in (0, 1, 2, 4)) for i, x in enumerate(inputs(3, 300, 2, K, V, dtype))]
         output, state = lightning_attention(*leaves)
         (output.float().sum() + state.sum()).backward()
         torch.cuda.synchronize()
-        print(dtype, "step and gradients", flush=True)
+        print(dtype, K, V, "step and gradients", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tnllm_export.kernels.lightning_attention.blocked import (
     lightning_attention_blocked,
     lightning_attention_blocked_backward,
 )
+from tnllm_export.kernels.lightning_attention.sweep_plan import SweepPlan
 
 pytestmark = pytest.mark.gpu
 
@@ -104,6 +105,32 @@ def test_gradients_are_as_good_as_those_of_the_blocked_form(on_gpu, in_float64, 
     assert relative_error(found_state, expected_state) <= (FLOAT32 if dtype == torch.float32 else STATE)
     for gradient, again in zip((*found, found_state), gradients(), strict=True):
         assert torch.equal(gradient, again)
+
+
+@pytest.mark.parametrize("plan", [SweepPlan("none", 1), SweepPlan("recompute", 3), SweepPlan("lookback", 5)], ids=str)
+@pytest.mark.parametrize("K", [128, 256])
+def test_one_launch_of_a_backward_is_as_good_as_the_blocked_form(on_gpu, in_float64, relative_error, K, plan):
+    sweep_back = pytest.importorskip("tnllm_export.kernels.lightning_attention.chunk").sweep_back
+    inputs = on_gpu(3, 1500, 2, K, K)
+    query, key, value, slope_rate, past_state, lengths = inputs
+    # Of a layout that a model's views have: batch and token swapped.
+    grad_output = torch.randn(1500, 3, 2, K, device="cuda").to(value.dtype).transpose(0, 1)
+    grad_state = torch.randn_like(past_state).mT
+    arguments = (query, key, value, grad_output, slope_rate, past_state, grad_state, lengths)
+    found = [torch.full_like(x, torch.nan).contiguous() for x in (query, key, value, past_state)]
+    if not sweep_back(arguments, tuple(found), plan):
+        assert torch.cuda.get_device_capability() != (9, 0)
+        pytest.skip("only Hopper has this kernel")
+    *expected, _, expected_state = lightning_attention_blocked_backward(
+        *in_float64([grad_output, grad_state]), *in_float64(inputs)
+    )
+    *blocked, _, _ = lightning_attention_blocked_backward(grad_output, grad_state, *inputs)
+    for gradient, reference, peer in zip(found[:3], expected, blocked, strict=True):
+        errors_within_limits(gradient, reference, peer, value.dtype, relative_error)
+    assert relative_error(found[3], expected_state) <= STATE
+    again = [torch.full_like(x, torch.nan) for x in found]
+    assert sweep_back(arguments, tuple(again), plan)
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
