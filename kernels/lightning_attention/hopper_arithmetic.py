@@ -103,6 +103,23 @@ def chunk_start(i, n_chunks, REVERSE: gl.constexpr):
 
 
 @gluon.jit
+def exponents(rate, count, chunk_layout: gl.constexpr, REVERSE: gl.constexpr):
+    """Exponents of the decays from the state before a chunk to each row's answer, along the columns of `chunk_layout`.
+
+    Rows are taken as 8 i + j: i is known for each register, so that no register has to hold it.
+    """
+    layout: gl.constexpr = gl.SliceLayout(0, chunk_layout)
+    rows = gl.arange(0, C, layout=layout).reshape([C // 8, 8])
+    i = gl.arange(0, C // 8, layout=gl.SliceLayout(1, rows.type.layout)).to(gl.float32)
+    j = gl.arange(0, 8, layout=gl.SliceLayout(0, rows.type.layout)).to(gl.float32)
+    if REVERSE:
+        exponent = (rate * (count - 1 - j))[None, :] + (-8.0 * rate) * i[:, None]
+    else:
+        exponent = (rate * (j + 1))[None, :] + (8.0 * rate) * i[:, None]
+    return gl.convert_layout(exponent.reshape([C]), layout, assert_trivial=True)
+
+
+@gluon.jit
 def wait_for(p_count, least):
     """As `arithmetic.wait_for`."""
     found = gl.atomic_add(p_count, 0, sem="acquire")

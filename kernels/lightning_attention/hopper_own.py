@@ -38,6 +38,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     chunk_start,
     decay_factors,
     decayed,
+    exponents,
     scaled_parts,
     split,
     tokens,
@@ -215,7 +216,6 @@ def _answer(  # noqa: PLR0915
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
     decayed_operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
-    query_row = gl.arange(0, C, layout=gl.SliceLayout(0, chunk_layout)).to(gl.float32)
     debt = slope * 0.0
     for i in range(first, end):
         n = i - first
@@ -224,7 +224,7 @@ def _answer(  # noqa: PLR0915
         count = gl.minimum(length - t0, C)
         # Computed anew for each chunk (count is always positive): registers are scarcer than exponentials.
         rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
-        exponent = rate * (count - 1 - query_row) if REVERSE else rate * (query_row + 1)
+        exponent = exponents(rate, count, chunk_layout, REVERSE)
         k = keys.index(stage * PARTS + part)
         q = queries.index(stage * PARTS + part).permute((1, 0))
         v = values.index(stage * HALVES + half).permute((1, 0))
