@@ -1,4 +1,4 @@
-"""The sweep (see `sweep.py`) for Hopper GPUs, bfloat16, key rows of 64 or 128: the same cut, the same arithmetic.
+"""The sweep (see `sweep.py`) for Hopper GPUs, bfloat16, K of 64, 128 or 256: the same cut, the same arithmetic.
 
 Triton's own pipelining starts a chunk's loads when the chunk before it is done, and waits for each matrix product.
 Here, in Gluon, Triton's lower level, three groups of four warps fill a multiprocessor and meet at barriers in shared
@@ -9,7 +9,8 @@ memory only. Two of them own 64 columns of the state each, in registers (`hopper
     S = decay S + Vᵀ K      the values decayed, while O is written
 
 and the third prepares for both (`hopper_prepare.py`): it starts the copies and makes the scores, up to two chunks
-ahead. So the tensor cores have work while a group computes.
+ahead. So the tensor cores have work while a group computes. Where K is 256 the two own 128 rows each of the same 64
+columns, and one adds to its part of an output what the other has.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
