@@ -131,13 +131,8 @@ def sweep(
         tile,
         plan,
     )
-    # Only the look-back uses them.
-    carry = torch.empty(cut.carry, dtype=torch.float32, device=device) if cut.carry else past_state
-    progress = torch.zeros(cut.progress, dtype=torch.int32, device=device) if cut.progress else lengths
-    tensors = (query, key, value, slope_rate, past_state, lengths, output, present, carry, progress)
-    misalignment = tuple([x.data_ptr() % 16 for x in (slope_rate, past_state, lengths, present)])
-    allocate_with_torch()
-    launch(cut.kernel, (cut, misalignment), cut.grid, tensors + cut.numbers, cut.constants, cut.warps)
+    states = (slope_rate, past_state, lengths)
+    _launch(cut, (query, key, value, *states, output, present), (*states, present), past_state, lengths)
 
 
 def sweep_back(inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], plan: SweepPlan | None = None) -> bool:
@@ -161,13 +156,8 @@ def sweep_back(inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], plan: Sw
     cut = _backward_cut(query.shape, strides, query.dtype, device, plan)
     if cut is None:
         return False
-    carry = torch.empty(cut.carry, dtype=torch.float32, device=device) if cut.carry else past_state
-    progress = torch.zeros(cut.progress, dtype=torch.int32, device=device) if cut.progress else lengths
     states = (slope_rate, past_state, grad_state, lengths)
-    tensors = (query, key, value, grad_output, *states, *results, carry, progress)
-    misalignment = tuple([x.data_ptr() % 16 for x in states])
-    allocate_with_torch()
-    launch(cut.kernel, (cut, misalignment), cut.grid, tensors + cut.numbers, cut.constants, cut.warps)
+    _launch(cut, (query, key, value, grad_output, *states, *results), states, past_state, lengths)
     return True
 
 
@@ -182,6 +172,24 @@ class _Cut:
     warps: int
     carry: int
     progress: int
+
+
+def _launch(
+    cut: _Cut, tensors: tuple[Tensor, ...], anywhere: tuple[Tensor, ...], past_state: Tensor, lengths: Tensor
+) -> None:
+    """Launch a kernel on `tensors` and the look-back's buffers.
+
+    Args:
+        anywhere: Those of the tensors that need not start at a multiple of 16 bytes, which Triton compiles for.
+        past_state, lengths: Stand for the buffers where there is no look-back.
+    """
+    device = lengths.device
+    carry = torch.empty(cut.carry, dtype=torch.float32, device=device) if cut.carry else past_state
+    progress = torch.zeros(cut.progress, dtype=torch.int32, device=device) if cut.progress else lengths
+    misalignment = tuple([x.data_ptr() % 16 for x in anywhere])
+    allocate_with_torch()
+    arguments = (*tensors, carry, progress, *cut.numbers)
+    launch(cut.kernel, (cut, misalignment), cut.grid, arguments, cut.constants, cut.warps)
 
 
 @lru_cache(maxsize=1024)
@@ -204,18 +212,9 @@ def _cut(
         tile = tile or sweep_tile(K, V, activation, capability(device))
     columns = B * H * -(-V // tile.value_block)
     plan = plan or sweep_plan(tile, columns, T, processors(device))
-    BK = key_block(K)
-    states = columns * plan.segments if plan.handover == "lookback" else 0
-    *activations, past, present = strides
-    return _Cut(
-        kernel=sweep_kernel if tile.kernel == "portable" else _hopper_kernel(),
-        grid=(columns, plan.segments, 1),
-        numbers=(T, H, *(n for stride in activations for n in stride[:3]), *past, *present),
-        constants=_constants(K, V, tile, plan, reverse, store_state),
-        warps=tile.warps,
-        carry=states * BK * tile.value_block,
-        progress=states + 1 if states else 0,
-    )
+    kernel = sweep_kernel if tile.kernel == "portable" else _hopper_kernel()
+    constants = _constants(K, V, tile, plan, reverse, store_state)
+    return _cut_of(kernel, constants, shape, strides, columns, tile, plan)
 
 
 @lru_cache(maxsize=1024)
@@ -237,15 +236,29 @@ def _backward_cut(
 
     columns = SWEEPS.value * B * H * (K // tile.value_block)
     plan = plan or sweep_plan(tile, columns, T, processors(device))
+    return _cut_of(backward_hopper_kernel, (K, plan.handover), shape, strides, columns, tile, plan)
+
+
+def _cut_of(
+    kernel: Any,
+    constants: tuple[Any, ...],
+    shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...],
+    columns: int,
+    tile: SweepTile,
+    plan: SweepPlan,
+) -> _Cut:
+    """Return the launch of `columns` walks over keys of `shape`. `strides`: of the activations, then of two states."""
+    _, T, H, K = shape
     states = columns * plan.segments if plan.handover == "lookback" else 0
-    *activations, past, grad_state = strides
+    *activations, first_state, second_state = strides
     return _Cut(
-        kernel=backward_hopper_kernel,
+        kernel=kernel,
         grid=(columns, plan.segments, 1),
-        numbers=(T, H, *(n for stride in activations for n in stride[:3]), *past, *grad_state),
-        constants=(K, plan.handover),
+        numbers=(T, H, *(n for stride in activations for n in stride[:3]), *first_state, *second_state),
+        constants=constants,
         warps=tile.warps,
-        carry=states * K * tile.value_block,
+        carry=states * key_block(K) * tile.value_block,
         progress=states + 1 if states else 0,
     )
 

@@ -37,6 +37,24 @@ AT_DECAYS = gl.constexpr(6)
 AT_BARRIERS = gl.constexpr(7)
 
 
+@gluon.constexpr_function
+def parts_of(K):
+    """Parts that a state's rows are cut in: with 256 each owner has 128 rows of the same columns."""
+    return 2 if K > 128 else 1
+
+
+@gluon.constexpr_function
+def stages_of(PARTS):
+    """Chunks whose queries, keys and values have a buffer."""
+    return 3 if PARTS == 1 else 2
+
+
+@gluon.constexpr_function
+def halves_of(PARTS):
+    """Blocks of HALF columns that a program owns."""
+    return 2 if PARTS == 1 else 1
+
+
 @gluon.jit
 def decayed(state, rate):
     """As `arithmetic.decayed`."""

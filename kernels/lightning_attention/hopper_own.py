@@ -39,8 +39,11 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     decay_factors,
     decayed,
     exponents,
+    halves_of,
+    parts_of,
     scaled_parts,
     split,
+    stages_of,
     tokens,
     upper_part,
     wait_for,
@@ -92,10 +95,10 @@ def _own(  # noqa: PLR0912, PLR0915
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
 ):
-    PARTS: gl.constexpr = 2 if K > 128 else 1
+    PARTS: gl.constexpr = parts_of(K)
     KP: gl.constexpr = K // PARTS
-    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
-    BV: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES * HALF
+    STAGES: gl.constexpr = stages_of(PARTS)
+    BV: gl.constexpr = halves_of(PARTS) * HALF
     half = owner if PARTS == 1 else 0
     part = 0 if PARTS == 1 else owner
     barriers = buffers[AT_BARRIERS]
@@ -211,8 +214,8 @@ def _answer(  # noqa: PLR0915
     """
     keys, queries, values, scores, out, partial, decays, barriers = buffers
     slope, n_chunks, length = sequence
-    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
-    HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
+    STAGES: gl.constexpr = stages_of(PARTS)
+    HALVES: gl.constexpr = halves_of(PARTS)
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
     decayed_operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
@@ -342,8 +345,8 @@ def _walk(
     values = buffers[AT_VALUES]
     barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
-    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
-    HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
+    STAGES: gl.constexpr = stages_of(PARTS)
+    HALVES: gl.constexpr = halves_of(PARTS)
     operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
     # First and last token.
     if REVERSE:

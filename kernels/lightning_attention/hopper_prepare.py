@@ -34,7 +34,10 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     C,
     barrier,
     chunk_start,
+    halves_of,
+    parts_of,
     split,
+    stages_of,
 )
 
 
@@ -62,9 +65,9 @@ def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.c
     barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     walk_begin, walk_end, first, end, column = way
-    PARTS: gl.constexpr = 2 if K > 128 else 1
-    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
-    HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
+    PARTS: gl.constexpr = parts_of(K)
+    STAGES: gl.constexpr = stages_of(PARTS)
+    HALVES: gl.constexpr = halves_of(PARTS)
     KP: gl.constexpr = keys.shape[2]
     # A map takes most of a microsecond: those that a walk needs come first.
     valid = gl.maximum(length, 1)
@@ -127,7 +130,7 @@ def _prepare_chunks(
 @gluon.jit
 def _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     """Wait until the chunk before the last is answered, and start to copy a further one into its buffers."""
-    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
+    STAGES: gl.constexpr = stages_of(PARTS)
     free = (n - 2) % STAGES
     mbarrier.wait(buffers[AT_BARRIERS].index(EMPTY + free), ((n - 2) // STAGES + 1) & 1)
     _load(tensors, buffers, i + STAGES - 2, free, end, column, n_chunks, PARTS, REVERSE)
@@ -139,7 +142,7 @@ def _start_scores(buffers, n, PARTS: gl.constexpr):
     keys = buffers[AT_KEYS]
     queries = buffers[AT_QUERIES]
     barriers = buffers[AT_BARRIERS]
-    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
+    STAGES: gl.constexpr = stages_of(PARTS)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     stage = n % STAGES
     mbarrier.wait(barriers.index(FULL + stage), (n // STAGES) & 1)
@@ -200,8 +203,7 @@ def _load(tensors, buffers, i, stage, end, column, n_chunks, PARTS: gl.constexpr
     keys = buffers[AT_KEYS]
     queries = buffers[AT_QUERIES]
     values = buffers[AT_VALUES]
-    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
-    HALVES: gl.constexpr = buffers[AT_VALUES].shape[0] // STAGES
+    HALVES: gl.constexpr = halves_of(PARTS)
     KP: gl.constexpr = keys.shape[2]
     wanted = i < end
     t0 = chunk_start(i, n_chunks, REVERSE)

@@ -33,6 +33,9 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     WALK_FULL,
     C,
     barrier,
+    halves_of,
+    parts_of,
+    stages_of,
 )
 from tnllm_export.kernels.lightning_attention.hopper_own import own
 from tnllm_export.kernels.lightning_attention.hopper_prepare import prepare
@@ -160,11 +163,10 @@ def sweep_program(  # noqa: PLR0915
         i_place: Of the column among all of the grid, which has its own places in `p_carry` and `p_progress`.
         i_column: Of the column among those of this sweep: a row of the batch, a head, a block of columns.
     """
-    # Keys of 256 are cut in two: each owner has 128 rows of the same 64 columns.
-    PARTS: gl.constexpr = 2 if K > 128 else 1
+    PARTS: gl.constexpr = parts_of(K)
     KP: gl.constexpr = K // PARTS
-    STAGES: gl.constexpr = 3 if PARTS == 1 else 2  # chunks whose queries, keys and values have a buffer
-    HALVES: gl.constexpr = 2 if PARTS == 1 else 1
+    STAGES: gl.constexpr = stages_of(PARTS)
+    HALVES: gl.constexpr = halves_of(PARTS)
     BV: gl.constexpr = HALVES * HALF
     NV: gl.constexpr = V // BV
     row_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, KP], gl.bfloat16)

@@ -1,6 +1,12 @@
-"""Random inputs of the two ops: ragged lengths, non-zero past states, K and V apart."""
+"""Random inputs of the two ops: ragged lengths, non-zero past states, K and V apart. How scripts compile kernels."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,3 +51,16 @@ def step_inputs(chunk_inputs: ChunkInputs) -> ChunkInputs:
         return [query[:, 0], key[:, 0], value[:, 0], slope_rate, past_state]
 
     return draw
+
+
+@pytest.fixture
+def lines_of() -> Callable[[Path], list[dict[str, Any]]]:
+    """Run a script beside the test, which prints one JSON object a line, where kernels are not interpreted."""
+
+    def run(script: Path) -> list[dict[str, Any]]:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run

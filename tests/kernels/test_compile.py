@@ -80,6 +80,10 @@ def test_the_plan_and_the_kernel_for_hopper_name_the_same_sizes():
     tiles = {K: hopper_tile(K, 128, "bfloat16") for K in (64, 128, 256)}
     assert {tile.chunk for tile in tiles.values()} == {hopper.C.value}
     assert {K: tile.value_block // hopper.HALF.value for K, tile in tiles.items()} == {64: 2, 128: 2, 256: 1}
+    for K, tile in tiles.items():
+        parts = hopper.parts_of(K)
+        assert tile.value_block == hopper.halves_of(parts) * hopper.HALF.value
+        assert tile.stages == tile.state_stages == hopper.stages_of(parts)
 
 
 def test_missing_triton_and_unknown_architectures_are_named(monkeypatch):

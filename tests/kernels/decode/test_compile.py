@@ -3,10 +3,6 @@
 The compiler runs in a process of its own, since this one may have defined the kernels for the interpreter.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +13,8 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
 @pytest.mark.slow
-def test_kernels_stream_weights_from_before_the_previous_kernel_ends():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+def test_kernels_stream_weights_from_before_the_previous_kernel_ends(lines_of):
+    kernels = lines_of(SCRIPT)
     assert len(kernels) == 15
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel

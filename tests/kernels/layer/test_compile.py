@@ -3,10 +3,6 @@
 The compiler runs in a process of its own, since this one may have defined the kernels for the interpreter.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +13,8 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_to_vector_accesses_without_spills():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+def test_every_kernel_compiles_to_vector_accesses_without_spills(lines_of):
+    kernels = lines_of(SCRIPT)
     assert {kernel["sm"] for kernel in kernels} == {80, 90}
     assert len({kernel["name"] for kernel in kernels}) == 9
     for kernel in kernels:

@@ -1,9 +1,5 @@
 """The ops that go into packages, against the recurrence in float64, and the form without a loop."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,13 +62,9 @@ def test_the_packaged_step_writes_the_new_state_over_the_old_one(
     assert relative_error(inputs[4], expected[1]) < 2e-6
 
 
-def test_kernels_of_packages_fit_and_need_no_memory_of_ours():
+def test_kernels_of_packages_fit_and_need_no_memory_of_ours(lines_of):
     pytest.importorskip("triton")
-    # Outside the interpreter, which this process may use.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_triton_ops.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = lines_of(Path(__file__).with_name("compile_triton_ops.py"))
     assert len(lines) == 6
     for line in lines:
         assert line["scratch_bytes"] == 0, line
