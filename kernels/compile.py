@@ -22,7 +22,6 @@ from tnllm_export.kernels.compiled import CompiledKernel, KernelTable
 from tnllm_export.kernels.contract import LIGHTNING_ATTENTION, LIGHTNING_ATTENTION_STEP
 from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_blocks, tile_of_block
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
-    LONG_SEGMENT,
     RECOMPUTE_SEGMENTS,
     SHORT_CALL,
     Activation,
@@ -92,7 +91,6 @@ def compile_table(
         kernels=tuple(kernels),
         short_call=SHORT_CALL,
         recompute_segments=RECOMPUTE_SEGMENTS,
-        long_segment=LONG_SEGMENT,
         step_programs=STEP_PROGRAMS,
     )
 
@@ -113,6 +111,7 @@ def _chunk_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Var
             "chunk": tile.chunk,
             "handover": handover,
             "programs_per_processor": tile.programs_per_processor,
+            "long_segment": tile.long_segment,
             "warps": tile.warps + tile.further_warps,
             "compiled_warps": tile.warps,
             "stages": tile.stages,
@@ -134,6 +133,7 @@ def _step_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Vari
             "chunk": 1,
             "handover": "none",
             "programs_per_processor": 1,
+            "long_segment": 1,
             "warps": tile_of_block(block).warps,
             "compiled_warps": tile_of_block(block).warps,
         }

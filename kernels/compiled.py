@@ -49,6 +49,7 @@ class CompiledKernel:
         chunk: C, tokens per chunk; 1 for the step.
         handover: How segments of tokens get their state; "none" for the step.
         programs_per_processor: By which segments are counted.
+        long_segment: Chunks of a half from which on segments are cut in two.
         entry: The kernel's symbol in the cubin.
         cubin: The code.
         warps: Of one program.
@@ -69,6 +70,7 @@ class CompiledKernel:
     chunk: int
     handover: Literal["none", "recompute", "lookback"]
     programs_per_processor: int
+    long_segment: int
     entry: str
     cubin: bytes
     warps: int
@@ -86,12 +88,10 @@ class KernelTable:
         kernels: At least the handover "none" for each op, dtype, K, V and compute capability.
         short_call: `sweep_plan.SHORT_CALL`.
         recompute_segments: `sweep_plan.RECOMPUTE_SEGMENTS`.
-        long_segment: `sweep_plan.LONG_SEGMENT`.
         step_programs: `step_plan.STEP_PROGRAMS`.
     """
 
     kernels: tuple[CompiledKernel, ...]
     short_call: int
     recompute_segments: int
-    long_segment: int
     step_programs: int

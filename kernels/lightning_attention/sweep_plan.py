@@ -27,6 +27,9 @@ class SweepTile:
     """Chunks in flight while the state alone is computed."""
     programs_per_processor: int
     """Programs that a multiprocessor holds at once: by it, segments are counted."""
+    long_segment: int = 128
+    """Segments are cut in two where the halves have so many chunks: heads that remember long walk theirs twice, and
+    then delay the end less."""
     kernel: Kernel = "portable"
     further_warps: int = 0
     """Warps that the kernel adds for other work."""
@@ -46,10 +49,6 @@ SHORT_CALL = 16
 RECOMPUTE_SEGMENTS = 4
 """Segments of a call of so few chunks, at most: each walks all tokens before it."""
 
-LONG_SEGMENT = 128
-"""Segments are cut in two where the halves have so many chunks: heads that remember long walk theirs twice, and then
-delay the end less."""
-
 _HOPPER_TILE = SweepTile(
     chunk=64,
     value_block=128,
@@ -66,7 +65,7 @@ def hopper_tile(K: int, V: int, activation: Activation) -> SweepTile | None:
     """Return the tile of `sweep_hopper.py` for these head sizes; None where it takes them not."""
     tile = _HOPPER_TILE
     if K == 256:
-        tile = replace(tile, value_block=64, stages=2, state_stages=2)
+        tile = replace(tile, value_block=64, stages=2, state_stages=2, long_segment=64)
     fits = activation == "bfloat16" and K in (64, 128, 256) and V % tile.value_block == 0
     return tile if fits else None
 
@@ -126,7 +125,7 @@ def sweep_plan(tile: SweepTile, columns: int, T: int, processors: int) -> SweepP
         return SweepPlan("none", 1)
     if chunks <= SHORT_CALL:
         return SweepPlan("recompute", min(max(processors // columns, 2), RECOMPUTE_SEGMENTS, chunks))
-    if chunks >= 2 * LONG_SEGMENT * wanted:
+    if chunks >= 2 * tile.long_segment * wanted:
         wanted *= 2
     return SweepPlan("lookback", min(wanted, chunks))
 

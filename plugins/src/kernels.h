@@ -33,6 +33,7 @@ struct Kernel {
     int32_t K, V, BK, BV, C;
     Handover handover;
     int32_t programsPerProcessor;
+    int32_t longSegment;
     char const* entry;
     size_t cubinOffset;
     int32_t threads;
@@ -48,7 +49,6 @@ extern int32_t const kKernelCount;
 extern unsigned char const* const kCubins;
 extern int32_t const kShortCall;
 extern int32_t const kRecomputeSegments;
-extern int32_t const kLongSegment;
 extern int64_t const kStepPrograms;
 
 }  // namespace tnllm

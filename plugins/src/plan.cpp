@@ -91,7 +91,7 @@ bool chooseChunk(Call const& call, int32_t capability, int32_t processors, Plan&
         int64_t const spread = std::max<int64_t>(processors / std::max<int64_t>(plan.columns, 1), 2);
         plan.segments = std::min<int64_t>({spread, kRecomputeSegments, chunks});
     } else {
-        plan.segments = std::min(chunks >= 2 * kLongSegment * wanted ? 2 * wanted : wanted, chunks);
+        plan.segments = std::min(chunks >= 2 * tile.longSegment * wanted ? 2 * wanted : wanted, chunks);
     }
     return true;
 }

@@ -29,7 +29,7 @@ def fake_table() -> KernelTable:
             kernels.append(fake("LightningAttention", capability, dtype, K, V, 16, 64, handover, CHUNK_ARGUMENTS))
         for block in (16, 32, 64):
             kernels.append(fake("LightningAttentionStep", capability, dtype, K, V, block, 1, "none", STEP_ARGUMENTS))
-    return KernelTable(tuple(kernels), short_call=16, recompute_segments=4, long_segment=128, step_programs=16)
+    return KernelTable(tuple(kernels), short_call=16, recompute_segments=4, step_programs=16)
 
 
 def fake(op, capability, dtype, K, V, block, chunk, handover, arguments) -> CompiledKernel:
@@ -44,6 +44,7 @@ def fake(op, capability, dtype, K, V, block, chunk, handover, arguments) -> Comp
         chunk=chunk,
         handover=handover,
         programs_per_processor=2,
+        long_segment=100,
         entry=f"{op}_{handover}_{block}",
         cubin=f"no code for {capability} {dtype}".encode(),
         warps=4,

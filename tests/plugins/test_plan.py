@@ -8,7 +8,6 @@ import pytest
 
 from tnllm_export.kernels.lightning_attention.step_kernel import step_tile
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
-    LONG_SEGMENT,
     RECOMPUTE_SEGMENTS,
     SHORT_CALL,
     SweepTile,
@@ -77,9 +76,10 @@ def ask(shim, op, B, T, H, K, V, capability, processors, in_place=False):
 
 @pytest.mark.parametrize("processors", [20, 132])
 def test_the_chunk_op_is_cut_as_triton_cuts_it(table, plans, processors):
-    rule = (table.short_call, table.recompute_segments, table.long_segment)
-    assert rule == (SHORT_CALL, RECOMPUTE_SEGMENTS, LONG_SEGMENT)
-    tile = SweepTile(chunk=64, value_block=16, warps=4, stages=1, state_stages=1, programs_per_processor=2)
+    assert (table.short_call, table.recompute_segments) == (SHORT_CALL, RECOMPUTE_SEGMENTS)
+    tile = SweepTile(
+        chunk=64, value_block=16, warps=4, stages=1, state_stages=1, programs_per_processor=2, long_segment=100
+    )
     seen, most_programs = set(), 0
     for B, T, H in CALLS:
         found = ask(plans, CHUNK, B, T, H, 96, 48, 86, processors)
