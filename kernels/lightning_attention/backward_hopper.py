@@ -1,7 +1,7 @@
-"""The three sweeps of a backward (see `chunk.py`) in one grid, for Hopper GPUs and heads with K = V.
+"""The sweeps of a backward (see `chunk.py`) that have the same sizes in one grid, for Hopper GPUs.
 
-One after the other, each would be cut into segments to fill the device, and walk tokens twice. Together they have three
-times the columns, so they are cut less often, and what a launch costs is paid once.
+One after the other, each would be cut into segments to fill the device, and walk tokens twice. Together they have two
+or three times the columns, so they are cut less often, and what a launch costs is paid once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -11,10 +11,14 @@ from triton.experimental.gluon import language as gl
 
 from tnllm_export.kernels.lightning_attention.sweep_hopper import place_of_program, sweep_program
 
-SWEEPS = gl.constexpr(3)
+
+@gluon.constexpr_function
+def sweeps_of(K, V):
+    """Sweeps of a launch: those for queries and keys have states [V, K]; that for values [K, V]."""
+    return 3 if K == V else 2
 
 
-@gluon.jit(do_not_specialize=("T", "H"))
+@gluon.jit(do_not_specialize=("T", "H", "stores_grad_past"))
 def backward_hopper_kernel(  # noqa: D103
     p_query,
     p_key,
@@ -32,6 +36,7 @@ def backward_hopper_kernel(  # noqa: D103
     p_progress,
     T,
     H,
+    stores_grad_past,
     query_stride_b,
     query_stride_t,
     query_stride_h,
@@ -53,8 +58,10 @@ def backward_hopper_kernel(  # noqa: D103
     grad_state_stride_k,
     grad_state_stride_v,
     K: gl.constexpr,
+    V: gl.constexpr,
     HANDOVER: gl.constexpr,
 ):
+    SWEEPS: gl.constexpr = sweeps_of(K, V)
     i_place, i_segment = place_of_program(p_progress, HANDOVER)
     columns = gl.num_programs(0) // SWEEPS
     i_sweep = i_place // columns
@@ -95,8 +102,8 @@ def backward_hopper_kernel(  # noqa: D103
         (p_column, column_b, column_t, column_h),
         (p_answer, row.to(gl.int64) * T, row, K),
         (p_state, state_b, state_h, state_k, state_v),
-        (p_grad_past, H * (K * K), K * K, K, 1),
-        i_sweep == 2,
+        (p_grad_past, H * (K * V), K * V, V, 1),
+        (i_sweep == 2) & (stores_grad_past != 0),
         i_sweep > 0,
         p_slope_rate,
         p_lengths,
@@ -107,7 +114,7 @@ def backward_hopper_kernel(  # noqa: D103
         i_place,
         i_place % columns,
         i_segment,
-        K,
+        V,
         K,
         None,
         HANDOVER,

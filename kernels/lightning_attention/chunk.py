@@ -7,8 +7,8 @@ With G_t the gradient of the state after token t, which decays backwards in time
     key        dk_t = v_tᵀ G_tᵀ,  G_t = exp(-s) G_{t+1} + q_t do_tᵀ     reverse,  (v, do, q; Gᵀ)
     value      dv_t = k_tᵀ G_t                                            reverse,  (k, q, do; G)
 
-so each is the same sweep over other tensors, and nothing but the inputs is kept for the backward. On Hopper the last
-three are one launch where K = V (see `backward_hopper.py`).
+so each is the same sweep over other tensors, and nothing but the inputs is kept for the backward. On Hopper those of
+the last three that have the same sizes are one launch (see `backward_hopper.py`).
 """
 
 import warnings
@@ -62,15 +62,22 @@ def lightning_attention_triton_backward(
     slope_rate: Tensor,
     past_state: Tensor,
     lengths: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value and past_state. Args are those of the blocked backward."""
-    dq, dk, dv, d_state = _like(query), _like(key), _like(value), _like(past_state)
+    *,
+    state_too: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of query, key, value and, if `state_too`, of past_state.
+
+    The other args are those of the blocked backward.
+    """
+    dq, dk, dv = _like(query), _like(key), _like(value)
+    d_state = _like(past_state) if state_too else None
     inputs = (query, key, value, grad_output, slope_rate, past_state, grad_state, lengths)
-    if sweep_back(inputs, (dq, dk, dv, d_state)):
-        return dq, dk, dv, d_state
-    sweep(grad_output, value, key, slope_rate, past_state.mT, lengths, dq, None)
-    sweep(value, grad_output, query, slope_rate, grad_state.mT, lengths, dk, None, reverse=True)
-    sweep(key, query, grad_output, slope_rate, grad_state, lengths, dv, d_state, reverse=True)
+    swept = sweep_back(inputs, (dq, dk, dv, d_state))
+    if swept < 2:
+        sweep(grad_output, value, key, slope_rate, past_state.mT, lengths, dq, None)
+        sweep(value, grad_output, query, slope_rate, grad_state.mT, lengths, dk, None, reverse=True)
+    if swept < 3:
+        sweep(key, query, grad_output, slope_rate, grad_state, lengths, dv, d_state, reverse=True)
     return dq, dk, dv, d_state
 
 
@@ -135,30 +142,39 @@ def sweep(
     _launch(cut, (query, key, value, *states, output, present), (*states, present), past_state, lengths)
 
 
-def sweep_back(inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], plan: SweepPlan | None = None) -> bool:
-    """Launch the three sweeps of a backward as one; return False, and do nothing, where there is no kernel for that.
+def sweep_back(
+    inputs: tuple[Tensor, ...],
+    results: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    plan: SweepPlan | None = None,
+) -> int:
+    """Launch those sweeps of a backward that have the same sizes as one, where there is a kernel for that.
 
     Args:
         inputs: Query, key, value, grad_output, slope_rate, past_state, grad_state and lengths, as for the backward.
-        results: The gradients, dense, written wholly.
+        results: The gradients of query, key, value and past_state, dense; the last one may be absent.
         plan: Segments other than those of the rule.
+
+    Returns:
+        3 if all results are written, 2 if those of query and key are, 0 if none.
     """
     query, key, value, grad_output, slope_rate, past_state, grad_state, lengths = inputs
     device = query.device
-    if capability(device) != 90 or query.numel() == 0 or query.shape[3] != value.shape[3]:
-        return False
+    if capability(device) != 90 or query.numel() == 0 or value.numel() == 0:
+        return 0
     if not is_current(device):
         with torch.cuda.device(device):
             return sweep_back(inputs, results, plan)
     query, key, value, grad_output = (_dense_rows(x) for x in (query, key, value, grad_output))
     slope_rate, lengths = slope_rate.contiguous(), lengths.contiguous()
     strides = tuple([x.stride() for x in (query, key, value, grad_output, past_state, grad_state)])
-    cut = _backward_cut(query.shape, strides, query.dtype, device, plan)
+    *gradients, d_state = results
+    cut = _backward_cut(query.shape, value.shape[3], strides, query.dtype, device, d_state is not None, plan)
     if cut is None:
-        return False
+        return 0
     states = (slope_rate, past_state, grad_state, lengths)
-    _launch(cut, (query, key, value, grad_output, *states, *results), states, past_state, lengths)
-    return True
+    written = past_state if d_state is None else d_state
+    _launch(cut, (query, key, value, grad_output, *states, *gradients, written), states, past_state, lengths)
+    return 3 if query.shape[3] == value.shape[3] else 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,51 +230,61 @@ def _cut(
     plan = plan or sweep_plan(tile, columns, T, processors(device))
     kernel = sweep_kernel if tile.kernel == "portable" else _hopper_kernel()
     constants = _constants(K, V, tile, plan, reverse, store_state)
-    return _cut_of(kernel, constants, shape, strides, columns, tile, plan)
+    return _cut_of(kernel, constants, (T, H), K, strides, columns, tile, plan)
 
 
 @lru_cache(maxsize=1024)
 def _backward_cut(
     shape: torch.Size,
+    V: int,
     strides: tuple[tuple[int, ...], ...],
     dtype: torch.dtype,
     device: torch.device,
+    store_state: bool,
     plan: SweepPlan | None,
 ) -> _Cut | None:
     B, T, H, K = shape
-    tile = hopper_tile(K, K, _ACTIVATIONS[dtype])
+    # States are [V, K] here.
+    tile = hopper_tile(V, K, _ACTIVATIONS[dtype])
     if tile is None or _hopper_kernel() is None:
         return None
     from tnllm_export.kernels.lightning_attention.backward_hopper import (  # noqa: PLC0415
-        SWEEPS,
         backward_hopper_kernel,
+        sweeps_of,
     )
 
-    columns = SWEEPS.value * B * H * (K // tile.value_block)
+    columns = sweeps_of(K, V) * B * H * (K // tile.value_block)
     plan = plan or sweep_plan(tile, columns, T, processors(device))
-    return _cut_of(backward_hopper_kernel, (K, plan.handover), shape, strides, columns, tile, plan)
+    numbers = T, H, int(store_state)
+    return _cut_of(backward_hopper_kernel, (K, V, plan.handover), numbers, V, strides, columns, tile, plan)
 
 
 def _cut_of(
     kernel: Any,
     constants: tuple[Any, ...],
-    shape: torch.Size,
+    numbers: tuple[int, ...],
+    rows: int,
     strides: tuple[tuple[int, ...], ...],
     columns: int,
     tile: SweepTile,
     plan: SweepPlan,
 ) -> _Cut:
-    """Return the launch of `columns` walks over keys of `shape`. `strides`: of the activations, then of two states."""
-    _, T, H, K = shape
+    """Return the launch of `columns` walks.
+
+    Args:
+        numbers: Arguments before the strides.
+        rows: Of a state.
+        strides: Of the activations, then of two states.
+    """
     states = columns * plan.segments if plan.handover == "lookback" else 0
     *activations, first_state, second_state = strides
     return _Cut(
         kernel=kernel,
         grid=(columns, plan.segments, 1),
-        numbers=(T, H, *(n for stride in activations for n in stride[:3]), *first_state, *second_state),
+        numbers=(*numbers, *(n for stride in activations for n in stride[:3]), *first_state, *second_state),
         constants=constants,
         warps=tile.warps,
-        carry=states * key_block(K) * tile.value_block,
+        carry=states * key_block(rows) * tile.value_block,
         progress=states + 1 if states else 0,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -158,7 +158,8 @@ def _chunk_backward_op(
     past_state: Tensor,
     lengths: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _chunk_backward(grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
+    arguments = (grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], _chunk_backward(*arguments))
 
 
 @_chunk_backward_op.register_fake
@@ -226,16 +227,36 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tenso
 def _backward(ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     _, _, value, _, past_state, _ = inputs
+    _, _, _, slope_too, state_too, _ = ctx.needs_input_grad
+    given = [grad for grad in (grad_output, grad_state) if grad is not None]
+    untraced = runs_untraced(*inputs, *given)
     # Nothing but a shape: no memory is written for an absent gradient.
-    grad_output = value.new_zeros(()).expand(value.shape) if grad_output is None else grad_output
-    grad_state = past_state.new_zeros(()).expand(past_state.shape) if grad_state is None else grad_state
-    untraced = runs_untraced(grad_output, grad_state, *inputs)
-    chunk_backward, slope_gradient = (
-        (_chunk_backward, _slope_gradient) if untraced else (_chunk_backward_op, _slope_gradient_op)
-    )
-    dq, dk, dv, d_state = chunk_backward(grad_output, grad_state, *inputs)
-    d_slope = slope_gradient(grad_output, grad_state, *inputs) if ctx.needs_input_grad[3] else None
+    zero = _zero if untraced else Tensor.new_zeros
+    grad_output = zero(value, ()).expand(value.shape) if grad_output is None else grad_output
+    grad_state = zero(past_state, ()).expand(past_state.shape) if grad_state is None else grad_state
+    arguments = (grad_output, grad_state, *inputs)
+    if untraced:
+        dq, dk, dv, d_state = _chunk_backward(*arguments, state_too=state_too)
+    else:
+        dq, dk, dv, d_state = _chunk_backward_op(*arguments)
+    slope_gradient = _slope_gradient if untraced else _slope_gradient_op
+    d_slope = slope_gradient(*arguments) if slope_too else None
     return dq, dk, dv, d_slope, d_state, None
+
+
+_zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def _zero(x: Tensor, shape: tuple[()]) -> Tensor:
+    """`x.new_zeros(())`, kept: filling it takes as long as a short kernel."""
+    key = x.device, x.dtype
+    zero = _zeros.get(key)
+    if zero is None:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return x.new_zeros(shape)  # a graph's own
+        # By way of the host, so that it is there for every stream.
+        zero = _zeros[key] = torch.zeros(shape, dtype=x.dtype).to(x.device)
+    return zero
 
 
 _chunk_op.register_autograd(_backward, setup_context=_save_for_backward)
@@ -275,13 +296,15 @@ def _chunk_backward(
     slope_rate: Tensor,
     past_state: Tensor,
     lengths: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *,
+    state_too: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     inputs = (grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
     if _runs_triton(query, value):
-        return _triton_chunk().lightning_attention_triton_backward(*inputs)  # type: ignore[no-any-return]
+        return _triton_chunk().lightning_attention_triton_backward(*inputs, state_too=state_too)  # type: ignore[no-any-return]
     with _accumulation_dtype_kept(query.device.type):
         dq, dk, dv, _, d_state = lightning_attention_blocked_backward(*inputs)
-    return dq, dk, dv, d_state
+    return dq, dk, dv, d_state if state_too else None
 
 
 def _slope_gradient(

@@ -21,9 +21,9 @@ def type_of(argument):
 
 
 def main():
-    for K, handovers in ((128, ("none", "lookback")), (256, ("none",))):
+    for K, V, handovers in ((128, 128, ("none", "lookback")), (256, 256, ("none",)), (256, 128, ("none",))):
         for handover in handovers:
-            constants = {"K": K, "HANDOVER": handover, "past_stride_v": 1, "grad_state_stride_v": 1}
+            constants = {"K": K, "V": V, "HANDOVER": handover, "past_stride_v": 1, "grad_state_stride_v": 1}
             names = list(enumerate(kernel.arg_names))
             signature = {name: "constexpr" if name in constants else type_of(name) for _, name in names}
             attributes = {
@@ -38,6 +38,7 @@ def main():
             ptx = compiled.asm["ptx"]
             line = {
                 "K": K,
+                "V": V,
                 "handover": handover,
                 "shared_bytes": compiled.metadata.shared,
                 "products": ptx.count("wgmma.mma_async"),

@@ -46,7 +46,7 @@ def main() -> None:
             assert output.isfinite().all()
             assert state.isfinite().all()
         print(name, K, V, handover, flush=True)
-    for dtype, (K, V) in product(DTYPES.values(), ((48, 80), (128, 128))):
+    for dtype, (K, V) in product(DTYPES.values(), ((48, 80), (128, 128), (256, 128))):
         *activations, slope_rate, past_state, _ = inputs(3, 1, 2, K, V, dtype)
         lightning_attention_step(*(x[:, 0] for x in activations), slope_rate, past_state)
         leaves = [x.requires_grad_(i in (0, 1, 2, 4)) for i, x in enumerate(inputs(3, 300, 2, K, V, dtype))]

@@ -26,7 +26,12 @@ def calls(monkeypatch):
         for name in vars(module).copy():
             if name.startswith("lightning_attention") and "triton" in name:
                 form = getattr(module, name)
-                monkeypatch.setattr(module, name, lambda *a, name=name, form=form: seen.append(name) or form(*a))
+
+                def called(*args, name=name, form=form, **options):
+                    seen.append(name)
+                    return form(*args, **options)
+
+                monkeypatch.setattr(module, name, called)
     return seen
 
 
