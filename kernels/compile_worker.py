@@ -102,7 +102,7 @@ def _tile_constants(variant: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step_constants(variant: dict[str, Any]) -> dict[str, Any]:
-    return _sizes(variant) | {"BK": variant["key_block"], "BV": variant["value_block"]}
+    return _sizes(variant) | {"BK": variant["key_block"], "BV": variant["value_block"], "OVERLAP": False}
 
 
 def _check(ptx: str, metadata: Any, variant: dict[str, Any], arguments: int) -> None:

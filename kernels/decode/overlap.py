@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tnllm_export.kernels.lightning_attention.launch import LIMIT, capability, is_current
+from tnllm_export.kernels.lightning_attention.launch import LIMIT, can_overlap, is_current
 
 _compiled: dict[Hashable, Any] = {}
 
@@ -27,11 +27,6 @@ def previous_is_done(OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-
-
-def can_overlap(device: torch.device) -> bool:
-    """Whether kernels on this device may start before the previous one has ended."""
-    return capability(device) >= 90
 
 
 def launch(

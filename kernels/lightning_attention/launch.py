@@ -24,28 +24,37 @@ def launch(
     arguments: tuple[Any, ...],
     constants: tuple[Any, ...],
     warps: int,
+    *,
+    overlap: bool = False,
 ) -> None:
     """Launch `kernel` on the current device and stream.
 
     Args:
         kernel: A Triton or Gluon function.
-        key: Fixes the kernel, the device, all numbers, the dtypes of all tensors, and how far each tensor is from a
-            multiple of 16 bytes: all that Triton compiles different code for.
+        key: Fixes the grid, the kernel, the device, all numbers, the dtypes of all tensors, and how far each tensor is
+            from a multiple of 16 bytes: all that Triton compiles different code for.
         grid: Programs.
         arguments: Those that are no constants, in order.
         constants: The others, which come last, in order.
         warps: Of a program.
+        overlap: Start while the kernel before ends; this one then waits for it before it touches memory.
     """
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[grid](*arguments, *constants)
+    run = _compiled.get(key)
+    if run is not None:
+        run(*arguments, *constants)
         return
-    compiled = kernel[grid](*arguments, *constants, num_warps=warps)
+    options = {"launch_pdl": True} if overlap else {}
+    compiled = kernel[grid](*arguments, *constants, num_warps=warps, **options)
     if compiled is None:  # interpreted
         return
     if len(_compiled) >= LIMIT:
         _compiled.clear()
-    _compiled[key] = compiled
+    _compiled[key] = compiled[grid]
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether kernels may start while the one before ends (programmatic dependent launch, sm_90 and later)."""
+    return capability(device) >= 90
 
 
 def is_current(device: torch.device) -> bool:

@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from tnllm_export.kernels.lightning_attention.arithmetic import decay_factors
-from tnllm_export.kernels.lightning_attention.launch import is_current, launch, processors
+from tnllm_export.kernels.lightning_attention.launch import can_overlap, is_current, launch, processors
 from tnllm_export.kernels.lightning_attention.step import DITHER, DITHER_FREQUENCY
 from tnllm_export.kernels.lightning_attention.step_plan import StepTile, step_tile
 
@@ -42,7 +43,11 @@ def step_kernel(  # noqa: D103
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        # The next kernel starts when the last program ends: earlier, its programs would take the place of these.
+        gdc_wait()
     NV: tl.constexpr = (V + BV - 1) // BV
     i_column = tl.program_id(0)
     i_v = i_column % NV
@@ -122,10 +127,11 @@ def step(
     numbers = (H, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     tensors = (query, key, value, slope_rate, past_state, output, present_state)
     misalignment = tuple([x.data_ptr() % 16 for x in tensors])
-    constants = (K, V, 1 << (K - 1).bit_length(), tile.value_block)
-    key_of_launch = ("step", query.dtype, device, numbers, constants, tile.warps, misalignment)
+    overlap = can_overlap(device)
+    constants = (K, V, 1 << (K - 1).bit_length(), tile.value_block, overlap)
     grid = (B * H * -(-V // tile.value_block), 1, 1)
-    launch(step_kernel, key_of_launch, grid, tensors + numbers, constants, tile.warps)
+    key_of_launch = ("step", query.dtype, device, grid, numbers, constants, tile.warps, misalignment)
+    launch(step_kernel, key_of_launch, grid, tensors + numbers, constants, tile.warps, overlap=overlap)
 
 
 @cache

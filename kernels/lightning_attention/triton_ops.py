@@ -167,6 +167,7 @@ def packaged_step_kernel(  # noqa: D103
         V,
         BK,
         BV,
+        False,
     )
 
 
