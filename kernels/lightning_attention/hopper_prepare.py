@@ -40,6 +40,11 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     stages_of,
 )
 
+# With 256 keys two chunks have buffers, which a copy from DRAM is too slow to fill in time: so many chunks ahead of its
+# copy one is brought into L2.
+WALK_AHEAD = gl.constexpr(2)
+ANSWER_AHEAD = gl.constexpr(1)
+
 
 @gluon.jit
 def prepare(
@@ -71,6 +76,7 @@ def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.c
     KP: gl.constexpr = keys.shape[2]
     # A map takes most of a microsecond: those that a walk needs come first.
     valid = gl.maximum(length, 1)
+    memory = (query, key, value, valid)
     key = tma.make_tensor_descriptor(key[0], [valid, K], [key[1], 1], [C, KP], keys.layout)
     value = tma.make_tensor_descriptor(value[0], [valid, V], [value[1], 1], [C, HALF], values.layout)
     for i in range(walk_begin, walk_end):
@@ -78,6 +84,10 @@ def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.c
         stage = n % STAGES
         mbarrier.wait(barriers.index(WALK_EMPTY + stage), ((n // STAGES) & 1) ^ 1)
         t0 = chunk_start(i, n_chunks, REVERSE)
+        if PARTS == 2:
+            ahead = chunk_start(gl.minimum(i + WALK_AHEAD, walk_end - 1), n_chunks, REVERSE)
+            _prefetch(memory[1], ahead, valid, 0, K)
+            _prefetch(memory[2], ahead, valid, column, HALVES * HALF)
         full = barriers.index(WALK_FULL + stage)
         mbarrier.expect(full, key.block_type.nbytes * PARTS + value.block_type.nbytes * HALVES)
         for part in gl.static_range(PARTS):
@@ -87,7 +97,8 @@ def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.c
                 value, [t0, column + half * HALF], full, values.index(stage * HALVES + half)
             )
     query = tma.make_tensor_descriptor(query[0], [valid, K], [query[1], 1], [C, KP], keys.layout)
-    tensors = (query, key, value)
+    maps = (query, key, value)
+    tensors = maps + memory if PARTS == 2 else maps
     for stage in gl.static_range(STAGES):
         mbarrier.wait(barriers.index(EMPTY + stage), 0)
         _load(tensors, buffers, first + stage, stage, end, column, n_chunks, PARTS, REVERSE)
@@ -199,7 +210,7 @@ def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTOR
 @gluon.jit
 def _load(tensors, buffers, i, stage, end, column, n_chunks, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     """Start to copy chunk i, if there is one, into the buffers of a stage."""
-    query, key, value = tensors
+    query, key, value = tensors[:3]
     keys = buffers[AT_KEYS]
     queries = buffers[AT_QUERIES]
     values = buffers[AT_VALUES]
@@ -217,3 +228,21 @@ def _load(tensors, buffers, i, stage, end, column, n_chunks, PARTS: gl.constexpr
     for half in gl.static_range(HALVES):
         place = [t0, column + half * HALF]
         tma.async_copy_global_to_shared(value, place, full, values.index(stage * HALVES + half), pred=wanted)
+    if PARTS == 2:
+        _, _, _, query, key, value, valid = tensors
+        ahead = chunk_start(gl.minimum(i + ANSWER_AHEAD, end - 1), n_chunks, REVERSE)
+        _prefetch(query, ahead, valid, 0, PARTS * KP)
+        _prefetch(key, ahead, valid, 0, PARTS * KP)
+        _prefetch(value, ahead, valid, column, HALVES * HALF)
+
+
+@gluon.jit
+def _prefetch(memory, t0, valid, column, COLUMNS: gl.constexpr):
+    """Bring the 64 tokens from t0 on, as far as there are any, into L2. `memory`: address, and stride of tokens."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [32 * HALF // COLUMNS, COLUMNS // HALF], [4, 1], [1, 0])
+    row = gl.maximum(gl.minimum(t0 + gl.arange(0, C, layout=gl.SliceLayout(1, layout)), valid - 1), 0)
+    line = column + gl.arange(0, COLUMNS // HALF, layout=gl.SliceLayout(0, layout)) * HALF
+    places = memory[0] + (row.to(gl.int64) * memory[1])[:, None] + line[None, :]
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], dtype=gl.int32, is_pure=False, pack=1
+    )
