@@ -49,7 +49,7 @@ class CompiledKernel:
         chunk: C, tokens per chunk; 1 for the step.
         handover: How segments of tokens get their state; "none" for the step.
         programs_per_processor: By which segments are counted.
-        long_segment: Chunks of a half from which on segments are cut in two.
+        long_segment: Chunks from which on segments are cut: halves have so many.
         entry: The kernel's symbol in the cubin.
         cubin: The code.
         warps: Of one program.

@@ -230,10 +230,8 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None) -
     _, _, _, slope_too, state_too, _ = ctx.needs_input_grad
     given = [grad for grad in (grad_output, grad_state) if grad is not None]
     untraced = runs_untraced(*inputs, *given)
-    # Nothing but a shape: no memory is written for an absent gradient.
-    zero = _zero if untraced else Tensor.new_zeros
-    grad_output = zero(value, ()).expand(value.shape) if grad_output is None else grad_output
-    grad_state = zero(past_state, ()).expand(past_state.shape) if grad_state is None else grad_state
+    grad_output = _absent(value, untraced) if grad_output is None else grad_output
+    grad_state = _absent(past_state, untraced) if grad_state is None else grad_state
     arguments = (grad_output, grad_state, *inputs)
     if untraced:
         dq, dk, dv, d_state = _chunk_backward(*arguments, state_too=state_too)
@@ -247,16 +245,19 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None) -
 _zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
-def _zero(x: Tensor, shape: tuple[()]) -> Tensor:
-    """`x.new_zeros(())`, kept: filling it takes as long as a short kernel."""
-    key = x.device, x.dtype
-    zero = _zeros.get(key)
+def _absent(x: Tensor, untraced: bool) -> Tensor:
+    """Return zeros in x's shape for a gradient that is not there.
+
+    They are one number in memory. Untraced code keeps it: filling it takes as long as a short kernel.
+    """
+    zero = _zeros.get((x.device, x.dtype)) if untraced else None
     if zero is None:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return x.new_zeros(shape)  # a graph's own
-        # By way of the host, so that it is there for every stream.
-        zero = _zeros[key] = torch.zeros(shape, dtype=x.dtype).to(x.device)
-    return zero
+        if not untraced or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            zero = x.new_zeros(())  # a graph's own
+        else:
+            # By way of the host, so that it is there for every stream.
+            zero = _zeros[x.device, x.dtype] = torch.zeros((), dtype=x.dtype).to(x.device)
+    return zero.expand(x.shape)
 
 
 _chunk_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -131,12 +131,11 @@ def test_one_launch_of_a_backward_is_as_good_as_the_blocked_form(on_gpu, in_floa
         errors_within_limits(gradient, reference, peer, value.dtype, relative_error)
     if swept == 3:
         assert relative_error(found[3], expected_state) <= STATE
-    again = [torch.full_like(x, torch.nan) for x in found]
-    assert sweep_back(arguments, (*again[:3], None), plan) == swept
-    assert all(torch.equal(x, y) for x, y in list(zip(found, again, strict=True))[:swept])
-    assert past_state.equal(inputs[4])
-    # What is not asked for is not written.
-    assert again[3].isnan().all()
+    # Without the past state's gradient, which may not be written elsewhere then.
+    again, kept = [torch.full_like(x, torch.nan) for x in found[:3]], past_state.clone()
+    assert sweep_back(arguments, (*again, None), plan) == swept
+    assert all(torch.equal(x, y) for x, y in list(zip(found, again, strict=False))[:swept])
+    assert torch.equal(past_state, kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
