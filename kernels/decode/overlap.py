@@ -7,7 +7,6 @@ kernel wrote is there from the start.
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -16,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tnllm_export.kernels.lightning_attention.launch import LIMIT, can_overlap, is_current
-
-_compiled: dict[Hashable, Any] = {}
+from tnllm_export.kernels.lightning_attention.launch import can_overlap, is_current
+from tnllm_export.kernels.lightning_attention.launch import launch as launch_on_grid
 
 
 @triton.jit
@@ -40,9 +38,6 @@ def launch(
 ) -> None:
     """Launch a kernel on the current stream.
 
-    What is compiled is remembered under all that it depends on, since Triton's own launcher takes longer than most of
-    these kernels.
-
     Args:
         kernel: A Triton function of pointers, then constants, the last of which is OVERLAP.
         programs: Size of the grid.
@@ -59,18 +54,7 @@ def launch(
             launch(kernel, programs, tensors, constants, warps, overlap, first)
         return
     overlap = overlap and can_overlap(device)
-    arguments = (*tensors, *constants, overlap)
     layouts = tuple([(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors])
-    key = (kernel, device, layouts, constants, warps, overlap, first)
-    grid = (programs, 1, 1)
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[grid](*arguments)
-        return
-    options = {"launch_pdl": True} if overlap and not first else {}
-    compiled = kernel[grid](*arguments, num_warps=warps, **options)
-    if compiled is None:  # interpreted
-        return
-    if len(_compiled) >= LIMIT:
-        _compiled.clear()
-    _compiled[key] = compiled
+    key = (kernel, device, programs, layouts, constants, warps, overlap, first)
+    early = overlap and not first
+    launch_on_grid(kernel, key, (programs, 1, 1), tensors, (*constants, overlap), warps, overlap=early)
