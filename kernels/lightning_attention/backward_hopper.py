@@ -12,12 +12,6 @@ from triton.experimental.gluon import language as gl
 from tnllm_export.kernels.lightning_attention.sweep_hopper import place_of_program, sweep_program
 
 
-@gluon.constexpr_function
-def sweeps_of(K, V):
-    """Sweeps of a launch: those for queries and keys have states [V, K]; that for values [K, V]."""
-    return 3 if K == V else 2
-
-
 @gluon.jit(do_not_specialize=("T", "H", "stores_grad_past"))
 def backward_hopper_kernel(  # noqa: D103
     p_query,
@@ -59,9 +53,9 @@ def backward_hopper_kernel(  # noqa: D103
     grad_state_stride_v,
     K: gl.constexpr,
     V: gl.constexpr,
+    SWEEPS: gl.constexpr,
     HANDOVER: gl.constexpr,
 ):
-    SWEEPS: gl.constexpr = sweeps_of(K, V)
     i_place, i_segment = place_of_program(p_progress, HANDOVER)
     columns = gl.num_programs(0) // SWEEPS
     i_sweep = i_place // columns

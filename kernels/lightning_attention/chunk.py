@@ -71,6 +71,8 @@ def lightning_attention_triton_backward(
     """
     dq, dk, dv = _like(query), _like(key), _like(value)
     d_state = _like(past_state) if state_too else None
+    # Here, where a copy serves several sweeps.
+    query, key, value, grad_output = (_dense_rows(x) for x in (query, key, value, grad_output))
     inputs = (query, key, value, grad_output, slope_rate, past_state, grad_state, lengths)
     swept = sweep_back(inputs, (dq, dk, dv, d_state))
     if swept < 2:
@@ -150,7 +152,8 @@ def sweep_back(
     """Launch those sweeps of a backward that have the same sizes as one, where there is a kernel for that.
 
     Args:
-        inputs: Query, key, value, grad_output, slope_rate, past_state, grad_state and lengths, as for the backward.
+        inputs: Query, key, value, grad_output, slope_rate, past_state, grad_state and lengths, as for the backward; the
+            first four as `_dense_rows` returns them.
         results: The gradients of query, key, value and past_state, dense; the last one may be absent.
         plan: Segments other than those of the rule.
 
@@ -159,12 +162,11 @@ def sweep_back(
     """
     query, key, value, grad_output, slope_rate, past_state, grad_state, lengths = inputs
     device = query.device
-    if capability(device) != 90 or query.numel() == 0 or value.numel() == 0:
+    if capability(device) != 90 or query.numel() == 0:
         return 0
     if not is_current(device):
         with torch.cuda.device(device):
             return sweep_back(inputs, results, plan)
-    query, key, value, grad_output = (_dense_rows(x) for x in (query, key, value, grad_output))
     slope_rate, lengths = slope_rate.contiguous(), lengths.contiguous()
     strides = tuple([x.stride() for x in (query, key, value, grad_output, past_state, grad_state)])
     *gradients, d_state = results
@@ -174,7 +176,12 @@ def sweep_back(
     states = (slope_rate, past_state, grad_state, lengths)
     written = past_state if d_state is None else d_state
     _launch(cut, (query, key, value, grad_output, *states, *gradients, written), states, past_state, lengths)
-    return 3 if query.shape[3] == value.shape[3] else 2
+    return _sweeps_at_once(query.shape[3], value.shape[3])
+
+
+def _sweeps_at_once(K: int, V: int) -> int:
+    """Sweeps of a backward that have the same sizes: for query and key states are [V, K], for value [K, V]."""
+    return 3 if K == V else 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,15 +255,14 @@ def _backward_cut(
     tile = hopper_tile(V, K, _ACTIVATIONS[dtype])
     if tile is None or _hopper_kernel() is None:
         return None
-    from tnllm_export.kernels.lightning_attention.backward_hopper import (  # noqa: PLC0415
-        backward_hopper_kernel,
-        sweeps_of,
-    )
+    from tnllm_export.kernels.lightning_attention.backward_hopper import backward_hopper_kernel  # noqa: PLC0415
 
-    columns = sweeps_of(K, V) * B * H * (K // tile.value_block)
+    sweeps = _sweeps_at_once(K, V)
+    columns = sweeps * B * H * (K // tile.value_block)
     plan = plan or sweep_plan(tile, columns, T, processors(device))
     numbers = T, H, int(store_state)
-    return _cut_of(backward_hopper_kernel, (K, V, plan.handover), numbers, V, strides, columns, tile, plan)
+    constants = K, V, sweeps, plan.handover
+    return _cut_of(backward_hopper_kernel, constants, numbers, V, strides, columns, tile, plan)
 
 
 def _cut_of(

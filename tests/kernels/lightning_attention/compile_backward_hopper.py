@@ -21,9 +21,14 @@ def type_of(argument):
 
 
 def main():
-    for K, V, handovers in ((128, 128, ("none", "lookback")), (256, 256, ("none",)), (256, 128, ("none",))):
+    for K, V, sweeps, handovers in (
+        (128, 128, 3, ("none", "lookback")),
+        (256, 256, 3, ("none",)),
+        (256, 128, 2, ("none",)),
+    ):
         for handover in handovers:
-            constants = {"K": K, "V": V, "HANDOVER": handover, "past_stride_v": 1, "grad_state_stride_v": 1}
+            constants = {"K": K, "V": V, "SWEEPS": sweeps, "HANDOVER": handover}
+            constants |= {"past_stride_v": 1, "grad_state_stride_v": 1}
             names = list(enumerate(kernel.arg_names))
             signature = {name: "constexpr" if name in constants else type_of(name) for _, name in names}
             attributes = {
