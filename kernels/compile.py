@@ -117,6 +117,7 @@ def _chunk_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Var
             "stages": tile.stages,
             "state_stages": tile.state_stages,
             "kernel": tile.kernel,
+            "parts": tile.parts,
         }
 
 
@@ -198,7 +199,7 @@ def _compile(process: "subprocess.Popen[str]", variant: Variant) -> CompiledKern
             f"{name}: found {answer['shared_bytes']} bytes of shared memory, expected at most {limit}; "
             "use a smaller tile in sweep_plan.py"
         )
-    internal = ("compiled_warps", "stages", "state_stages", "kernel")
+    internal = ("compiled_warps", "stages", "state_stages", "kernel", "parts")
     fields = {name: value for name, value in variant.items() if name not in internal}
     return CompiledKernel(
         **fields,

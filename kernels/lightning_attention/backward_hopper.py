@@ -53,6 +53,7 @@ def backward_hopper_kernel(  # noqa: D103
     grad_state_stride_v,
     K: gl.constexpr,
     V: gl.constexpr,
+    PARTS: gl.constexpr,
     SWEEPS: gl.constexpr,
     HANDOVER: gl.constexpr,
 ):
@@ -110,6 +111,7 @@ def backward_hopper_kernel(  # noqa: D103
         i_segment,
         V,
         K,
+        PARTS,
         None,
         HANDOVER,
         True,

@@ -261,7 +261,7 @@ def _backward_cut(
     columns = sweeps * B * H * (K // tile.value_block)
     plan = plan or sweep_plan(tile, columns, T, processors(device))
     numbers = T, H, int(store_state)
-    constants = K, V, sweeps, plan.handover
+    constants = K, V, tile.parts, sweeps, plan.handover
     return _cut_of(backward_hopper_kernel, constants, numbers, V, strides, columns, tile, plan)
 
 
@@ -297,7 +297,7 @@ def _cut_of(
 
 def _constants(K: int, V: int, tile: SweepTile, plan: SweepPlan, reverse: bool, store_state: bool) -> tuple[Any, ...]:
     if tile.kernel == "hopper":
-        return K, V, reverse, plan.handover, store_state
+        return K, V, tile.parts, reverse, plan.handover, store_state
     sizes = K, V, key_block(K), tile.value_block, tile.chunk
     return *sizes, reverse, plan.handover, store_state, tile.state_stages, tile.stages
 

@@ -16,6 +16,7 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 SLOW_RATE = gl.constexpr(0.6931471805599453)
 FACTORED_RATE = gl.constexpr(1.0)  # up to it, a chunk's decay and its inverse are far from the ends of float32
 NEGLIGIBLE = gl.constexpr(40.0)  # as in `sweep.py`
+SHORTER = gl.constexpr(-0.86)  # log2 of how much each segment of a recomputing call is shorter than the one before
 
 # Barriers in shared memory: buffers that are filled or free, by chunk; the same during a walk; what is prepared; an
 # output that lacks the other owner's part.
@@ -38,15 +39,9 @@ AT_BARRIERS = gl.constexpr(7)
 
 
 @gluon.constexpr_function
-def parts_of(K):
-    """Parts that a state's rows are cut in: with 256 each owner has 128 rows of the same columns."""
-    return 2 if K > 128 else 1
-
-
-@gluon.constexpr_function
-def stages_of(PARTS):
+def stages_of(K):
     """Chunks whose queries, keys and values have a buffer."""
-    return 3 if PARTS == 1 else 2
+    return 3 if K <= 128 else 2
 
 
 @gluon.constexpr_function
@@ -103,6 +98,13 @@ def decay_factors(rate):
     slow = rate < SLOW_RATE
     change = gl.where(slow, gl.where(rate < 0.1, series, decay - 1.0), decay)
     return gl.where(slow, 1.0, 0.0), change
+
+
+@gluon.jit
+def recomputed_segment(i_segment, segments, n_chunks):
+    """First chunk of a segment where each walks all that comes before it: they get shorter, so that all end at once."""
+    share = (1.0 - gl.exp2(i_segment * SHORTER)) / (1.0 - gl.exp2(segments * SHORTER))
+    return (n_chunks * share + 0.5).to(gl.int32)
 
 
 @gluon.jit

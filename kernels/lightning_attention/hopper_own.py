@@ -40,10 +40,8 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     decayed,
     exponents,
     halves_of,
-    parts_of,
     scaled_parts,
     split,
-    stages_of,
     tokens,
     upper_part,
     wait_for,
@@ -62,22 +60,23 @@ def own(
     reverse,
     K: gl.constexpr,
     V: gl.constexpr,
+    PARTS: gl.constexpr,
     REVERSE: gl.constexpr,
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
 ):
     """Own half of a program's state: bring it to the start of the segment, then answer its queries.
 
-    Half of the columns; where K is 256, half of the rows. `reverse` counts where REVERSE is None: what runs is compiled
+    Half of the columns; where a state has two PARTS, half of the rows. `reverse` counts where REVERSE is None: what runs is compiled
     for one direction all the same.
     """
     if REVERSE is None:
         if reverse:
-            _own(owner, buffers, sequence, way, place, output, memory, K, V, True, HANDOVER, STORE_STATE)
+            _own(owner, buffers, sequence, way, place, output, memory, K, V, PARTS, True, HANDOVER, STORE_STATE)
         else:
-            _own(owner, buffers, sequence, way, place, output, memory, K, V, False, HANDOVER, STORE_STATE)
+            _own(owner, buffers, sequence, way, place, output, memory, K, V, PARTS, False, HANDOVER, STORE_STATE)
     else:
-        _own(owner, buffers, sequence, way, place, output, memory, K, V, REVERSE, HANDOVER, STORE_STATE)
+        _own(owner, buffers, sequence, way, place, output, memory, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)
 
 
 @gluon.jit
@@ -91,13 +90,13 @@ def _own(  # noqa: PLR0912, PLR0915
     memory,
     K: gl.constexpr,
     V: gl.constexpr,
+    PARTS: gl.constexpr,
     REVERSE: gl.constexpr,
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
 ):
-    PARTS: gl.constexpr = parts_of(K)
     KP: gl.constexpr = K // PARTS
-    STAGES: gl.constexpr = stages_of(PARTS)
+    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
     BV: gl.constexpr = halves_of(PARTS) * HALF
     half = owner if PARTS == 1 else 0
     part = 0 if PARTS == 1 else owner
@@ -214,7 +213,7 @@ def _answer(  # noqa: PLR0915
     """
     keys, queries, values, scores, out, partial, decays, barriers = buffers
     slope, n_chunks, length = sequence
-    STAGES: gl.constexpr = stages_of(PARTS)
+    STAGES: gl.constexpr = keys.shape[0] // PARTS
     HALVES: gl.constexpr = halves_of(PARTS)
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
@@ -345,7 +344,7 @@ def _walk(
     values = buffers[AT_VALUES]
     barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
-    STAGES: gl.constexpr = stages_of(PARTS)
+    STAGES: gl.constexpr = keys.shape[0] // PARTS
     HALVES: gl.constexpr = halves_of(PARTS)
     operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
     # First and last token.

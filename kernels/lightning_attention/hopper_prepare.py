@@ -35,9 +35,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     barrier,
     chunk_start,
     halves_of,
-    parts_of,
     split,
-    stages_of,
 )
 
 # With 256 keys two chunks have buffers, which a copy from DRAM is too slow to fill in time: so many chunks ahead of its
@@ -48,7 +46,7 @@ ANSWER_AHEAD = gl.constexpr(1)
 
 @gluon.jit
 def prepare(
-    buffers, sequence, way, query, key, value, reverse, K: gl.constexpr, V: gl.constexpr, REVERSE: gl.constexpr
+    buffers, sequence, way, query, key, value, reverse, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr
 ):
     """Bring the chunks of a walk, then what the owners need to answer the queries of a segment.
 
@@ -56,22 +54,21 @@ def prepare(
     """
     if REVERSE is None:
         if reverse:
-            _prepare(buffers, sequence, way, query, key, value, K, V, True)
+            _prepare(buffers, sequence, way, query, key, value, K, V, PARTS, True)
         else:
-            _prepare(buffers, sequence, way, query, key, value, K, V, False)
+            _prepare(buffers, sequence, way, query, key, value, K, V, PARTS, False)
     else:
-        _prepare(buffers, sequence, way, query, key, value, K, V, REVERSE)
+        _prepare(buffers, sequence, way, query, key, value, K, V, PARTS, REVERSE)
 
 
 @gluon.jit
-def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.constexpr, REVERSE: gl.constexpr):
+def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     keys = buffers[AT_KEYS]
     values = buffers[AT_VALUES]
     barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     walk_begin, walk_end, first, end, column = way
-    PARTS: gl.constexpr = parts_of(K)
-    STAGES: gl.constexpr = stages_of(PARTS)
+    STAGES: gl.constexpr = keys.shape[0] // PARTS
     HALVES: gl.constexpr = halves_of(PARTS)
     KP: gl.constexpr = keys.shape[2]
     # A map takes most of a microsecond: those that a walk needs come first.
@@ -84,7 +81,7 @@ def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.c
         stage = n % STAGES
         mbarrier.wait(barriers.index(WALK_EMPTY + stage), ((n // STAGES) & 1) ^ 1)
         t0 = chunk_start(i, n_chunks, REVERSE)
-        if PARTS == 2:
+        if STAGES == 2:
             ahead = chunk_start(gl.minimum(i + WALK_AHEAD, walk_end - 1), n_chunks, REVERSE)
             _prefetch(memory[1], ahead, valid, 0, K)
             _prefetch(memory[2], ahead, valid, column, HALVES * HALF)
@@ -98,7 +95,7 @@ def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.c
             )
     query = tma.make_tensor_descriptor(query[0], [valid, K], [query[1], 1], [C, KP], keys.layout)
     maps = (query, key, value)
-    tensors = maps + memory if PARTS == 2 else maps
+    tensors = maps + memory if STAGES == 2 else maps
     for stage in gl.static_range(STAGES):
         mbarrier.wait(barriers.index(EMPTY + stage), 0)
         _load(tensors, buffers, first + stage, stage, end, column, n_chunks, PARTS, REVERSE)
@@ -121,12 +118,13 @@ def _prepare_chunks(
     FACTORED: gl.constexpr,
 ):
     n_chunks = sequence[1]
+    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
     if first < end:
         scores = _start_scores(buffers, 0, PARTS)
         _store_scores(scores, buffers, sequence, first, 0, REVERSE, FACTORED)
     for i in range(first + 1, end):
         n = i - first
-        if PARTS == 1:
+        if STAGES > 2:
             scores = _start_scores(buffers, n, PARTS)
             if n > 1:
                 _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS, REVERSE)
@@ -141,7 +139,7 @@ def _prepare_chunks(
 @gluon.jit
 def _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     """Wait until the chunk before the last is answered, and start to copy a further one into its buffers."""
-    STAGES: gl.constexpr = stages_of(PARTS)
+    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
     free = (n - 2) % STAGES
     mbarrier.wait(buffers[AT_BARRIERS].index(EMPTY + free), ((n - 2) // STAGES + 1) & 1)
     _load(tensors, buffers, i + STAGES - 2, free, end, column, n_chunks, PARTS, REVERSE)
@@ -153,7 +151,7 @@ def _start_scores(buffers, n, PARTS: gl.constexpr):
     keys = buffers[AT_KEYS]
     queries = buffers[AT_QUERIES]
     barriers = buffers[AT_BARRIERS]
-    STAGES: gl.constexpr = stages_of(PARTS)
+    STAGES: gl.constexpr = keys.shape[0] // PARTS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     stage = n % STAGES
     mbarrier.wait(barriers.index(FULL + stage), (n // STAGES) & 1)
@@ -228,7 +226,7 @@ def _load(tensors, buffers, i, stage, end, column, n_chunks, PARTS: gl.constexpr
     for half in gl.static_range(HALVES):
         place = [t0, column + half * HALF]
         tma.async_copy_global_to_shared(value, place, full, values.index(stage * HALVES + half), pred=wanted)
-    if PARTS == 2:
+    if keys.shape[0] // PARTS == 2:
         _, _, _, query, key, value, valid = tensors
         ahead = chunk_start(gl.minimum(i + ANSWER_AHEAD, end - 1), n_chunks, REVERSE)
         _prefetch(query, ahead, valid, 0, PARTS * KP)

@@ -34,7 +34,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     C,
     barrier,
     halves_of,
-    parts_of,
+    recomputed_segment,
     stages_of,
 )
 from tnllm_export.kernels.lightning_attention.hopper_own import own
@@ -82,6 +82,7 @@ def sweep_hopper_kernel(  # noqa: D103
     present_stride_v,
     K: gl.constexpr,
     V: gl.constexpr,
+    PARTS: gl.constexpr,
     REVERSE: gl.constexpr,
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
@@ -108,6 +109,7 @@ def sweep_hopper_kernel(  # noqa: D103
         i_segment,
         K,
         V,
+        PARTS,
         REVERSE,
         HANDOVER,
         STORE_STATE,
@@ -121,7 +123,8 @@ def place_of_program(p_progress, HANDOVER: gl.constexpr):
         # Segments in the order in which programs start: those before one run already.
         ticket = gl.atomic_add(p_progress, 1, sem="relaxed")
         i_segment = ticket // gl.num_programs(0)
-        i_column = ticket % gl.num_programs(0)
+        # The last heads first, which by custom remember longest and so walk most.
+        i_column = gl.num_programs(0) - 1 - ticket % gl.num_programs(0)
     else:
         i_segment = gl.program_id(1)
         i_column = gl.program_id(0)
@@ -149,6 +152,7 @@ def sweep_program(  # noqa: PLR0915
     i_segment,
     K: gl.constexpr,
     V: gl.constexpr,
+    PARTS: gl.constexpr,
     REVERSE: gl.constexpr,
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
@@ -163,9 +167,8 @@ def sweep_program(  # noqa: PLR0915
         i_place: Of the column among all of the grid, which has its own places in `p_carry` and `p_progress`.
         i_column: Of the column among those of this sweep: a row of the batch, a head, a block of columns.
     """
-    PARTS: gl.constexpr = parts_of(K)
     KP: gl.constexpr = K // PARTS
-    STAGES: gl.constexpr = stages_of(PARTS)
+    STAGES: gl.constexpr = stages_of(K)
     HALVES: gl.constexpr = halves_of(PARTS)
     BV: gl.constexpr = HALVES * HALF
     NV: gl.constexpr = V // BV
@@ -190,7 +193,12 @@ def sweep_program(  # noqa: PLR0915
     walk_begin = first
     walk_end = first
     if HANDOVER == "recompute":
-        walk_begin = gl.where(i_segment < n_segments, gl.maximum(first - remembered, 0), first)
+        n_segments = segments
+        first = recomputed_segment(i_segment, segments, n_chunks)
+        end = recomputed_segment(i_segment + 1, segments, n_chunks)
+        wanted = (first < end) | (i_segment == segments - 1)
+        walk_begin = gl.where(wanted, gl.maximum(first - remembered, 0), first)
+        walk_end = first
     if HANDOVER == "lookback":
         walk_end = gl.where(i_segment < n_segments - 1, end, first)
         walk_begin = gl.maximum(walk_end - remembered, first)
@@ -236,9 +244,9 @@ def sweep_program(  # noqa: PLR0915
     memory = (past, present, stores_state, p_slots, p_ready)
     gl.warp_specialize(
         [
-            (own, (0, buffers, sequence, way, place, output, memory, reverse, K, V, REVERSE, HANDOVER, STORE_STATE)),
-            (own, (1, buffers, sequence, way, place, output, memory, reverse, K, V, REVERSE, HANDOVER, STORE_STATE)),
-            (prepare, (buffers, sequence, way, query, key, value, reverse, K, V, REVERSE)),
+            (own, (0, buffers, sequence, way, place, output, memory, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+            (own, (1, buffers, sequence, way, place, output, memory, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+            (prepare, (buffers, sequence, way, query, key, value, reverse, K, V, PARTS, REVERSE)),
         ],
         [4, 4],
         [OWNER_REGISTERS, PREPARE_REGISTERS],

@@ -31,6 +31,8 @@ class SweepTile:
     """Segments are cut in two where the halves have so many chunks: heads that remember long walk theirs twice, and
     then delay the end less."""
     kernel: Kernel = "portable"
+    parts: int = 1
+    """Groups of warps that a state's rows are cut among, in the kernel for Hopper."""
     further_warps: int = 0
     """Warps that the kernel adds for other work."""
 
@@ -65,7 +67,7 @@ def hopper_tile(K: int, V: int, activation: Activation) -> SweepTile | None:
     """Return the tile of `sweep_hopper.py` for these head sizes; None where it takes them not."""
     tile = _HOPPER_TILE
     if K == 256:
-        tile = replace(tile, value_block=64, stages=2, state_stages=2, long_segment=64)
+        tile = replace(tile, value_block=64, parts=2, stages=2, state_stages=2, long_segment=64)
     fits = activation == "bfloat16" and K in (64, 128, 256) and V % tile.value_block == 0
     return tile if fits else None
 
