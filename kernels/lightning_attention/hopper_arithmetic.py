@@ -15,18 +15,9 @@ OUT_STAGES = gl.constexpr(2)  # chunks whose output has one
 LOG2_E = gl.constexpr(1.4426950408889634)
 SLOW_RATE = gl.constexpr(0.6931471805599453)
 FACTORED_RATE = gl.constexpr(1.0)  # up to it, a chunk's decay and its inverse are far from the ends of float32
+POSTPONED = gl.constexpr(16.0)  # log2 of the decay of a state that is not applied yet, at most
 NEGLIGIBLE = gl.constexpr(40.0)  # as in `sweep.py`
 SHORTER = gl.constexpr(-0.86)  # log2 of how much each segment of a recomputing call is shorter than the one before
-
-# Barriers in shared memory: buffers that are filled or free, by chunk; the same during a walk; what is prepared; an
-# output that lacks the other owner's part.
-FULL = gl.constexpr(0)
-EMPTY = gl.constexpr(3)
-WALK_FULL = gl.constexpr(6)
-WALK_EMPTY = gl.constexpr(9)
-SCORED = gl.constexpr(12)
-PARTIAL = gl.constexpr(14)
-BARRIERS = gl.constexpr(15)
 
 # Places in the tuple of all buffers in shared memory.
 AT_KEYS = gl.constexpr(0)
@@ -34,8 +25,17 @@ AT_QUERIES = gl.constexpr(1)
 AT_VALUES = gl.constexpr(2)
 AT_SCORES = gl.constexpr(3)
 AT_OUT = gl.constexpr(4)
-AT_DECAYS = gl.constexpr(6)
-AT_BARRIERS = gl.constexpr(7)
+AT_PARTIAL = gl.constexpr(5)
+AT_DECAYS = gl.constexpr(6)  # of values
+AT_ANSWER_DECAYS = gl.constexpr(13)
+# Barriers: buffers that are filled or free, by chunk; the same during a walk; what is prepared; an output that lacks the
+# other owner's part.
+AT_FULL = gl.constexpr(7)
+AT_EMPTY = gl.constexpr(8)
+AT_WALK_FULL = gl.constexpr(9)
+AT_WALK_EMPTY = gl.constexpr(10)
+AT_SCORED = gl.constexpr(11)
+AT_EXCHANGED = gl.constexpr(12)
 
 
 @gluon.constexpr_function
@@ -64,10 +64,17 @@ def upper_part(x):
 
 
 @gluon.jit
+def upper_half(x):
+    """`upper_part` as bfloat16: the upper halves of two elements in one instruction."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def split(x):
     """Two bfloat16 tiles whose sum is x but for 2^-16 of it."""
-    high = upper_part(x)
-    return high.to(gl.bfloat16), (x - high).to(gl.bfloat16)
+    return upper_half(x), (x - upper_part(x)).to(gl.bfloat16)
 
 
 @gluon.jit
@@ -123,20 +130,26 @@ def chunk_start(i, n_chunks, REVERSE: gl.constexpr):
 
 
 @gluon.jit
-def exponents(rate, count, chunk_layout: gl.constexpr, REVERSE: gl.constexpr):
-    """Exponents of the decays from the state before a chunk to each row's answer, along the columns of `chunk_layout`.
-
-    Rows are taken as 8 i + j: i is known for each register, so that no register has to hold it.
-    """
-    layout: gl.constexpr = gl.SliceLayout(0, chunk_layout)
-    rows = gl.arange(0, C, layout=layout).reshape([C // 8, 8])
-    i = gl.arange(0, C // 8, layout=gl.SliceLayout(1, rows.type.layout)).to(gl.float32)
-    j = gl.arange(0, 8, layout=gl.SliceLayout(0, rows.type.layout)).to(gl.float32)
-    if REVERSE:
-        exponent = (rate * (count - 1 - j))[None, :] + (-8.0 * rate) * i[:, None]
+def decays_now(slope, since, is_last, FACTORED: gl.constexpr):
+    """Whether a state that has not decayed for `since` tokens, those of the chunk at hand included, does it here."""
+    if FACTORED:
+        return is_last | (gl.abs(slope) * LOG2_E * (since + C) > POSTPONED)
     else:
-        exponent = (rate * (j + 1))[None, :] + (8.0 * rate) * i[:, None]
-    return gl.convert_layout(exponent.reshape([C]), layout, assert_trivial=True)
+        return since == since
+
+
+@gluon.jit
+def progression(first, step, layout: gl.constexpr):
+    """[C] numbers: first, first + step, first + 2 step, … along the columns of `layout`.
+
+    Places are taken as 8 i + j: i is known for each register, so that no register has to hold it.
+    """
+    column_layout: gl.constexpr = gl.SliceLayout(0, layout)
+    places = gl.arange(0, C, layout=column_layout).reshape([C // 8, 8])
+    i = gl.arange(0, C // 8, layout=gl.SliceLayout(1, places.type.layout)).to(gl.float32)
+    j = gl.arange(0, 8, layout=gl.SliceLayout(0, places.type.layout)).to(gl.float32)
+    numbers = (first + step * j)[None, :] + (8.0 * step) * i[:, None]
+    return gl.convert_layout(numbers.reshape([C]), column_layout, assert_trivial=True)
 
 
 @gluon.jit

@@ -17,31 +17,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
-    AT_BARRIERS,
+    AT_ANSWER_DECAYS,
+    AT_DECAYS,
+    AT_EMPTY,
+    AT_EXCHANGED,
+    AT_FULL,
     AT_KEYS,
     AT_OUT,
+    AT_PARTIAL,
+    AT_QUERIES,
+    AT_SCORED,
+    AT_SCORES,
     AT_VALUES,
-    EMPTY,
+    AT_WALK_EMPTY,
+    AT_WALK_FULL,
     FACTORED_RATE,
-    FULL,
     HALF,
     LOG2_E,
     NEGLIGIBLE,
     OUT_STAGES,
-    PARTIAL,
     SCORE_STAGES,
-    SCORED,
-    WALK_EMPTY,
-    WALK_FULL,
     C,
     barrier,
     chunk_start,
     decay_factors,
     decayed,
-    exponents,
+    decays_now,
+    progression,
     halves_of,
     scaled_parts,
     split,
+    upper_half,
     tokens,
     upper_part,
     wait_for,
@@ -100,7 +106,6 @@ def _own(  # noqa: PLR0912, PLR0915
     BV: gl.constexpr = halves_of(PARTS) * HALF
     half = owner if PARTS == 1 else 0
     part = 0 if PARTS == 1 else owner
-    barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     walk_begin, walk_end, first, end, column = way
     i_segment, n_segments, segment_chunks, segments, heads = place
@@ -158,7 +163,7 @@ def _own(  # noqa: PLR0912, PLR0915
             gl.atomic_add(p_ready + i_segment * heads, 1, sem="release")
     # What the walk took is free. Not earlier: copies would be in the way of what others wait for.
     for stage in gl.static_range(STAGES):
-        mbarrier.arrive(barriers.index(EMPTY + stage), count=1)
+        mbarrier.arrive(buffers[AT_EMPTY].index(stage), count=1)
     if HANDOVER == "lookback":
         state = before
         i_before = i_segment
@@ -208,25 +213,30 @@ def _answer(  # noqa: PLR0915
     """Write the output of chunks `first` to `end`; return the state after them.
 
     Within a chunk, o_i = d_i (S q_i + Σ_j s_ij v_j / d_j), d_i being the decay from the chunk's start to token i: with
-    FACTORED scores are divided by d_j, all products add up in one accumulator, and d_i comes last. Else each score is
-    multiplied by its own d_i / d_j, which never overflows.
+    FACTORED scores are divided by d_j, all products add up in one accumulator, and d_i comes last. So it may as well be
+    the decay from an earlier chunk's start, and the state decay at some chunks only, by all that it has missed.
+    Else each score is multiplied by its own d_i / d_j, which never overflows, and the state decays at each chunk.
     """
-    keys, queries, values, scores, out, partial, decays, barriers = buffers
+    keys = buffers[AT_KEYS]
+    queries = buffers[AT_QUERIES]
+    values = buffers[AT_VALUES]
+    scores = buffers[AT_SCORES]
+    out = buffers[AT_OUT]
+    partial = buffers[AT_PARTIAL]
+    decays = buffers[AT_DECAYS]
+    answer_decays = buffers[AT_ANSWER_DECAYS]
     slope, n_chunks, length = sequence
     STAGES: gl.constexpr = keys.shape[0] // PARTS
     HALVES: gl.constexpr = halves_of(PARTS)
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
     decayed_operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
-    debt = slope * 0.0
+    since = first * 0  # tokens that the state has not decayed for
     for i in range(first, end):
         n = i - first
         stage = n % STAGES
         t0 = chunk_start(i, n_chunks, REVERSE)
         count = gl.minimum(length - t0, C)
-        # Computed anew for each chunk (count is always positive): registers are scarcer than exponentials.
-        rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
-        exponent = exponents(rate, count, chunk_layout, REVERSE)
         k = keys.index(stage * PARTS + part)
         q = queries.index(stage * PARTS + part).permute((1, 0))
         v = values.index(stage * HALVES + half).permute((1, 0))
@@ -234,55 +244,63 @@ def _answer(  # noqa: PLR0915
         first_scores = scores.index(n % SCORE_STAGES * 2 + part)
         second_scores = scores.index(n % SCORE_STAGES * 2 + 1)
 
-        mbarrier.wait(barriers.index(FULL + stage), (n // STAGES) & 1)
+        mbarrier.wait(buffers[AT_FULL].index(stage), (n // STAGES) & 1)
         # The second part is made while the first one's product runs.
-        first_part = upper_part(state)
-        high = gl.convert_layout(first_part.to(gl.bfloat16), state_operand)
+        high = gl.convert_layout(upper_half(state), state_operand)
         o = warpgroup_mma(high, q, gl.zeros([HALF, C], gl.float32, chunk_layout), use_acc=False, is_async=True)
-        low = gl.convert_layout((state - first_part).to(gl.bfloat16), state_operand)
+        low = gl.convert_layout((state - upper_part(state)).to(gl.bfloat16), state_operand)
         o = warpgroup_mma(low, q, o, is_async=True)
-        # What rounding the decay leaves out is owed to the next chunk: else a slow head would drift.
-        keep, change = decay_factors(slope * count)
-        owed = change + debt
-        decay = keep + owed
-        debt = (keep - decay) + owed
-        state = state * decay
 
-        mbarrier.wait(barriers.index(SCORED + n % SCORE_STAGES), (n // SCORE_STAGES) & 1)
+        mbarrier.wait(buffers[AT_SCORED].index(n % SCORE_STAGES), (n // SCORE_STAGES) & 1)
         if not FACTORED:
             o, high, low = warpgroup_mma_wait(0, deps=(o, high, low))
+            # Computed anew for each chunk (count is always positive): registers are scarcer than exponentials.
+            rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
+            if REVERSE:
+                exponent = progression(rate * (count - 1), -rate, chunk_layout)
+            else:
+                exponent = progression(rate, rate, chunk_layout)
             o = o * gl.exp2(gl.minimum(exponent, 0.0))[None, :]
         o = warpgroup_mma(v, first_scores, o, is_async=True)
         if PARTS == 1:
             o = warpgroup_mma(v, second_scores, o, is_async=True)
-        if FACTORED:
-            o, high, low = warpgroup_mma_wait(3 - PARTS, deps=(o, high, low))
-
+        since += count
+        if decays_now(slope, since, i == end - 1, FACTORED):
+            keep, change = decay_factors(slope * since)
+            state = state * (keep + change)
+            since = 0 * since
+        rows = v.load(decayed_operand)
         decay_high = decays.index(n % SCORE_STAGES * 2).load(gl.SliceLayout(0, decayed_operand))
         decay_low = decays.index(n % SCORE_STAGES * 2 + 1).load(gl.SliceLayout(0, decayed_operand))
-        upper, lower = scaled_parts(v.load(decayed_operand), decay_high[None, :], decay_low[None, :])
+        if FACTORED:
+            o, high, low = warpgroup_mma_wait(3 - PARTS, deps=(o, high, low))
+        upper, lower = scaled_parts(rows, decay_high[None, :], decay_low[None, :])
         state = warpgroup_mma(upper, k, state, is_async=True)
         state = warpgroup_mma(lower, k, state, is_async=True)
 
+        answer_decay = answer_decays.index(n % SCORE_STAGES).load(gl.SliceLayout(0, chunk_layout))
         o = warpgroup_mma_wait(2, deps=(o,))
-        if FACTORED:
-            o = o * gl.exp2(exponent)[None, :]
         if PARTS == 1:
+            if FACTORED:
+                o = o * answer_decay[None, :]
             _write(o, out.index(n % OUT_STAGES * 2 + half), output, t0, column + half * HALF)
         elif n % 2 == part:
             # They finish chunks by turns. What is read here is written again by the same threads.
-            mbarrier.wait(barriers.index(PARTIAL), n & 1)
-            _write(o + partial.load(chunk_layout), out.index(n % OUT_STAGES), output, t0, column)
+            mbarrier.wait(buffers[AT_EXCHANGED].index(0), n & 1)
+            o += partial.load(chunk_layout)
+            if FACTORED:
+                o = o * answer_decay[None, :]
+            _write(o, out.index(n % OUT_STAGES), output, t0, column)
         else:
             partial.store(o)
             tma.store_wait(0)  # its buffer is free for the next chunk
             barrier()
-            mbarrier.arrive(barriers.index(PARTIAL), count=1)
+            mbarrier.arrive(buffers[AT_EXCHANGED].index(0), count=1)
         state, upper, lower = warpgroup_mma_wait(0, deps=(state, upper, lower))
         tma.store_wait(OUT_STAGES - 1)
         # Every warp is done with the buffers.
         barrier()
-        mbarrier.arrive(barriers.index(EMPTY + stage), count=1)
+        mbarrier.arrive(buffers[AT_EMPTY].index(stage), count=1)
     tma.store_wait(0)
     return state
 
@@ -338,11 +356,10 @@ def _walk(
 ):
     """Return the state after chunk `end`, from that before chunk `origin`; what comes before `begin` is forgotten.
 
-    No output: one long sum of values that decay until the end.
+    No output: one long sum of values that decay until the end, in any order; see `hopper_prepare.py` for this one.
     """
     keys = buffers[AT_KEYS]
     values = buffers[AT_VALUES]
-    barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     STAGES: gl.constexpr = keys.shape[0] // PARTS
     HALVES: gl.constexpr = halves_of(PARTS)
@@ -356,13 +373,16 @@ def _walk(
         high = gl.minimum(end * C, length) - 1
     state = decayed(state, slope * gl.maximum(high + 1 - low, 0))
     rate = -slope * LOG2_E
-    for i in range(begin, end):
-        n = i - begin
+    for n in range(end - begin):
+        i = end - 1 - n
         stage = n % STAGES
-        token = chunk_start(i, n_chunks, REVERSE) + gl.arange(0, C, layout=gl.SliceLayout(0, operand))
-        left = token - low + 1 if REVERSE else high - token
-        decay_high, decay_low = split(gl.exp2(rate * gl.maximum(left, 0)))
-        mbarrier.wait(barriers.index(WALK_FULL + stage), (n // STAGES) & 1)
+        t0 = chunk_start(i, n_chunks, REVERSE)
+        if REVERSE:
+            exponent = progression(rate * (t0 - low + 1), rate, operand)
+        else:
+            exponent = gl.minimum(progression(rate * (high - t0), -rate, operand), 0.0)
+        decay_high, decay_low = split(gl.exp2(exponent))
+        mbarrier.wait(buffers[AT_WALK_FULL].index(stage), (n // STAGES) & 1)
         v = values.index(stage * HALVES + half).permute((1, 0))
         upper, lower = scaled_parts(v.load(operand), decay_high[None, :], decay_low[None, :])
         # The operands of a product stay where they are until it is done.
@@ -371,5 +391,5 @@ def _walk(
         state, upper, lower = warpgroup_mma_wait(0, deps=(sum_, upper, lower))
         # Every warp is done with the buffers.
         barrier()
-        mbarrier.arrive(barriers.index(WALK_EMPTY + stage), count=1)
+        mbarrier.arrive(buffers[AT_WALK_EMPTY].index(stage), count=1)
     return state

@@ -16,24 +16,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
-    AT_BARRIERS,
+    AT_ANSWER_DECAYS,
     AT_DECAYS,
+    AT_EMPTY,
+    AT_FULL,
     AT_KEYS,
     AT_QUERIES,
+    AT_SCORED,
     AT_SCORES,
     AT_VALUES,
-    EMPTY,
+    AT_WALK_EMPTY,
+    AT_WALK_FULL,
     FACTORED_RATE,
-    FULL,
     HALF,
     LOG2_E,
     SCORE_STAGES,
-    SCORED,
-    WALK_EMPTY,
-    WALK_FULL,
     C,
     barrier,
     chunk_start,
+    decays_now,
     halves_of,
     split,
 )
@@ -65,7 +66,6 @@ def prepare(
 def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     keys = buffers[AT_KEYS]
     values = buffers[AT_VALUES]
-    barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     walk_begin, walk_end, first, end, column = way
     STAGES: gl.constexpr = keys.shape[0] // PARTS
@@ -76,16 +76,17 @@ def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.c
     memory = (query, key, value, valid)
     key = tma.make_tensor_descriptor(key[0], [valid, K], [key[1], 1], [C, KP], keys.layout)
     value = tma.make_tensor_descriptor(value[0], [valid, V], [value[1], 1], [C, HALF], values.layout)
-    for i in range(walk_begin, walk_end):
-        n = i - walk_begin
+    # From the last chunk to the first, which the answer then finds in L2.
+    for n in range(walk_end - walk_begin):
+        i = walk_end - 1 - n
         stage = n % STAGES
-        mbarrier.wait(barriers.index(WALK_EMPTY + stage), ((n // STAGES) & 1) ^ 1)
+        mbarrier.wait(buffers[AT_WALK_EMPTY].index(stage), ((n // STAGES) & 1) ^ 1)
         t0 = chunk_start(i, n_chunks, REVERSE)
         if STAGES == 2:
-            ahead = chunk_start(gl.minimum(i + WALK_AHEAD, walk_end - 1), n_chunks, REVERSE)
+            ahead = chunk_start(gl.maximum(i - WALK_AHEAD, walk_begin), n_chunks, REVERSE)
             _prefetch(memory[1], ahead, valid, 0, K)
             _prefetch(memory[2], ahead, valid, column, HALVES * HALF)
-        full = barriers.index(WALK_FULL + stage)
+        full = buffers[AT_WALK_FULL].index(stage)
         mbarrier.expect(full, key.block_type.nbytes * PARTS + value.block_type.nbytes * HALVES)
         for part in gl.static_range(PARTS):
             tma.async_copy_global_to_shared(key, [t0, part * KP], full, keys.index(stage * PARTS + part))
@@ -97,7 +98,7 @@ def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.c
     maps = (query, key, value)
     tensors = maps + memory if STAGES == 2 else maps
     for stage in gl.static_range(STAGES):
-        mbarrier.wait(barriers.index(EMPTY + stage), 0)
+        mbarrier.wait(buffers[AT_EMPTY].index(stage), 0)
         _load(tensors, buffers, first + stage, stage, end, column, n_chunks, PARTS, REVERSE)
     if slope <= FACTORED_RATE:
         _prepare_chunks(tensors, buffers, sequence, first, end, column, PARTS, REVERSE, True)
@@ -119,9 +120,10 @@ def _prepare_chunks(
 ):
     n_chunks = sequence[1]
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
+    since = first * 0  # tokens that the owners' state has not decayed for
     if first < end:
         scores = _start_scores(buffers, 0, PARTS)
-        _store_scores(scores, buffers, sequence, first, 0, REVERSE, FACTORED)
+        since = _store_scores(scores, buffers, sequence, first, end, 0, since, REVERSE, FACTORED)
     for i in range(first + 1, end):
         n = i - first
         if STAGES > 2:
@@ -133,7 +135,7 @@ def _prepare_chunks(
             if n > 1:
                 _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS, REVERSE)
             scores = _start_scores(buffers, n, PARTS)
-        _store_scores(scores, buffers, sequence, i, n, REVERSE, FACTORED)
+        since = _store_scores(scores, buffers, sequence, i, end, n, since, REVERSE, FACTORED)
 
 
 @gluon.jit
@@ -141,7 +143,7 @@ def _load_next(tensors, buffers, i, n, end, column, n_chunks, PARTS: gl.constexp
     """Wait until the chunk before the last is answered, and start to copy a further one into its buffers."""
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
     free = (n - 2) % STAGES
-    mbarrier.wait(buffers[AT_BARRIERS].index(EMPTY + free), ((n - 2) // STAGES + 1) & 1)
+    mbarrier.wait(buffers[AT_EMPTY].index(free), ((n - 2) // STAGES + 1) & 1)
     _load(tensors, buffers, i + STAGES - 2, free, end, column, n_chunks, PARTS, REVERSE)
 
 
@@ -150,11 +152,10 @@ def _start_scores(buffers, n, PARTS: gl.constexpr):
     """Wait for the n-th chunk and start the product of its keys and queries, [C, C]."""
     keys = buffers[AT_KEYS]
     queries = buffers[AT_QUERIES]
-    barriers = buffers[AT_BARRIERS]
     STAGES: gl.constexpr = keys.shape[0] // PARTS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     stage = n % STAGES
-    mbarrier.wait(barriers.index(FULL + stage), (n // STAGES) & 1)
+    mbarrier.wait(buffers[AT_FULL].index(stage), (n // STAGES) & 1)
     empty = gl.zeros([C, C], gl.float32, layout)
     q = queries.index(stage * PARTS).permute((1, 0))
     scores = warpgroup_mma(keys.index(stage * PARTS), q, empty, use_acc=False, is_async=True)
@@ -165,44 +166,56 @@ def _start_scores(buffers, n, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _store_scores(scores, buffers, sequence, i, n, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
-    """Wait for the scores of chunk i, the n-th here; publish them scaled and masked, and the values' decay."""
+def _store_scores(scores, buffers, sequence, i, end, n, since, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
+    """Wait for the scores of chunk i, the n-th here; publish them scaled and masked, and decays.
+
+    Args:
+        since: Tokens that the state before the chunk has not decayed for.
+
+    Returns:
+        The same for the state after it.
+    """
     parts = buffers[AT_SCORES]
     decays = buffers[AT_DECAYS]
-    barriers = buffers[AT_BARRIERS]
     slope, n_chunks, length = sequence
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     key_row = gl.arange(0, C, layout=gl.SliceLayout(1, layout)).to(gl.float32)
     query_row = gl.arange(0, C, layout=gl.SliceLayout(0, layout)).to(gl.float32)
+    row = gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])).to(gl.float32)
     count = gl.minimum(length - chunk_start(i, n_chunks, REVERSE), C)
     rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
     # [C, C]: rows are keys, columns queries. Exponents of d.
     if REVERSE:
         seen = key_row[:, None] >= query_row[None, :]
-        key_exponent = rate * (count - 1 - key_row)
+        key_exponent = rate * (since + count - 1 - key_row)
         query_exponent = rate * (count - 1 - query_row)
+        exponent = rate * (since + count - 1 - row)
     else:
         seen = query_row[None, :] >= key_row[:, None]
-        key_exponent = rate * (key_row + 1)
+        key_exponent = rate * (since + 1 + key_row)
         query_exponent = rate * (query_row + 1)
+        exponent = rate * (since + 1 + row)
     scores = warpgroup_mma_wait(0, deps=(scores,))
+    stage = n % SCORE_STAGES
     if FACTORED:
         scores = gl.where(seen, scores * gl.exp2(-key_exponent)[:, None], 0.0)
+        buffers[AT_ANSWER_DECAYS].index(stage).store(gl.exp2(exponent))
     else:
         scores = scores * gl.where(seen, gl.exp2(query_exponent[None, :] - key_exponent[:, None]), 0.0)
     high, low = split(scores)
-    stage = n % SCORE_STAGES
     parts.index(stage * 2).store(high)
     parts.index(stage * 2 + 1).store(low)
-    # Values decay until the chunk's end.
-    row = gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])).to(gl.float32)
-    exponent = rate * (row + 1) if REVERSE else gl.minimum(rate * (count - 1 - row), 0.0)
+    # Values decay until the chunk's end, or have what the state has not decayed in advance.
+    since += count
+    now = decays_now(slope, since, i == end - 1, FACTORED)
+    exponent = gl.where(now, gl.minimum(rate * since - exponent, 0.0), -exponent)
     high, low = split(gl.exp2(exponent))
     decays.index(stage * 2).store(high)
     decays.index(stage * 2 + 1).store(low)
     fence_async_shared()
     barrier()
-    mbarrier.arrive(barriers.index(SCORED + stage), count=1)
+    mbarrier.arrive(buffers[AT_SCORED].index(stage), count=1)
+    return gl.where(now, 0, since)
 
 
 @gluon.jit
@@ -216,7 +229,7 @@ def _load(tensors, buffers, i, stage, end, column, n_chunks, PARTS: gl.constexpr
     KP: gl.constexpr = keys.shape[2]
     wanted = i < end
     t0 = chunk_start(i, n_chunks, REVERSE)
-    full = buffers[AT_BARRIERS].index(FULL + stage)
+    full = buffers[AT_FULL].index(stage)
     nbytes: gl.constexpr = key.block_type.nbytes * 2 * PARTS + value.block_type.nbytes * HALVES
     mbarrier.expect(full, nbytes, pred=wanted)
     for part in gl.static_range(PARTS):

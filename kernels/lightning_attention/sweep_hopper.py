@@ -20,17 +20,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
-    BARRIERS,
-    EMPTY,
-    FULL,
     HALF,
     NEGLIGIBLE,
     OUT_STAGES,
-    PARTIAL,
     SCORE_STAGES,
-    SCORED,
-    WALK_EMPTY,
-    WALK_FULL,
     C,
     barrier,
     halves_of,
@@ -132,6 +125,15 @@ def place_of_program(p_progress, HANDOVER: gl.constexpr):
 
 
 @gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Allocate barriers that are passed by that many arrivals."""
+    memory = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(memory.index(i), count=ARRIVALS)
+    return memory
+
+
+@gluon.jit
 def sweep_program(  # noqa: PLR0915
     query,
     key,
@@ -217,21 +219,20 @@ def sweep_program(  # noqa: PLR0915
         gl.float32, [HALF if PARTS == 2 else 1, C if PARTS == 2 else 1], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     )
     decays = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES * 2, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    barriers = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(barriers.index(FULL + stage), count=1)
-        mbarrier.init(barriers.index(EMPTY + stage), count=2)
-        mbarrier.init(barriers.index(WALK_FULL + stage), count=1)
-        mbarrier.init(barriers.index(WALK_EMPTY + stage), count=2)
-    for stage in gl.static_range(SCORE_STAGES):
-        mbarrier.init(barriers.index(SCORED + stage), count=1)
-    mbarrier.init(barriers.index(PARTIAL), count=1)
+    answer_decays = gl.allocate_shared_memory(gl.float32, [SCORE_STAGES, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # Each kind of barrier by itself: the compiler takes a wait for one of an allocation as one for all, and syncs warps.
+    full = barriers(STAGES, 1)
+    empty = barriers(STAGES, 2)
+    walk_full = barriers(STAGES, 1)
+    walk_empty = barriers(STAGES, 2)
+    scored = barriers(SCORE_STAGES, 1)
+    exchanged = barriers(1, 1)
     fence_async_shared()
     barrier()
 
     p_slots = p_carry + i_place.to(gl.int64) * (K * BV)
     p_ready = p_progress + 1 + i_place
-    buffers = (keys, queries, values, scores, out, partial, decays, barriers)
+    buffers = (keys, queries, values, scores, out, partial, decays, full, empty, walk_full, walk_empty, scored, exchanged, answer_decays)
     sequence = (slope, n_chunks, length)
     way = (walk_begin, walk_end, first, end, column)
     place = (i_segment, n_segments, segment_chunks, segments, heads)
