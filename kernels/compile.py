@@ -22,11 +22,11 @@ from tnllm_export.kernels.compiled import CompiledKernel, KernelTable
 from tnllm_export.kernels.contract import LIGHTNING_ATTENTION, LIGHTNING_ATTENTION_STEP
 from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_blocks, tile_of_block
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
-    RECOMPUTE_SEGMENTS,
-    SHORT_CALL,
+    RECOMPUTE_CHUNKS,
+    WALK_COST,
     Activation,
     Handover,
-    hopper_tile,
+    hopper_tiles,
     key_block,
     sweep_tile,
 )
@@ -89,17 +89,16 @@ def compile_table(
     progress("compiling kernels", len(variants), len(variants))
     return KernelTable(
         kernels=tuple(kernels),
-        short_call=SHORT_CALL,
-        recompute_segments=RECOMPUTE_SEGMENTS,
+        walk_cost=WALK_COST,
+        recompute_chunks=RECOMPUTE_CHUNKS,
         step_programs=STEP_PROGRAMS,
     )
 
 
 def _chunk_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Variant]:
     activation = cast(Activation, dtype)
-    tile = hopper_tile(K, V, activation) if capability == 90 else None
-    tile = tile or sweep_tile(K, V, activation, capability)
-    for handover in get_args(Handover):
+    tiles = hopper_tiles(K, V, activation) if capability == 90 else ()
+    for tile, handover in product(tiles or (sweep_tile(K, V, activation, capability),), get_args(Handover)):
         yield {
             "op": LIGHTNING_ATTENTION.onnx_name,
             "compute_capability": capability,
@@ -111,6 +110,8 @@ def _chunk_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Var
             "chunk": tile.chunk,
             "handover": handover,
             "programs_per_processor": tile.programs_per_processor,
+            "answer_cost": tile.answer_cost,
+            "handover_cost": tile.handover_cost,
             "long_segment": tile.long_segment,
             "warps": tile.warps + tile.further_warps,
             "compiled_warps": tile.warps,
@@ -134,6 +135,8 @@ def _step_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Vari
             "chunk": 1,
             "handover": "none",
             "programs_per_processor": 1,
+            "answer_cost": 1.0,
+            "handover_cost": 0.0,
             "long_segment": 1,
             "warps": tile_of_block(block).warps,
             "compiled_warps": tile_of_block(block).warps,

@@ -49,6 +49,8 @@ class CompiledKernel:
         chunk: C, tokens per chunk; 1 for the step.
         handover: How segments of tokens get their state; "none" for the step.
         programs_per_processor: By which segments are counted.
+        answer_cost: Time of a chunk with its output, relative to that of other tiles for the same sizes.
+        handover_cost: Time of a hand-over among four segments, in chunks with their output.
         long_segment: Chunks from which on segments are cut: halves have so many.
         entry: The kernel's symbol in the cubin.
         cubin: The code.
@@ -70,6 +72,8 @@ class CompiledKernel:
     chunk: int
     handover: Literal["none", "recompute", "lookback"]
     programs_per_processor: int
+    answer_cost: float
+    handover_cost: float
     long_segment: int
     entry: str
     cubin: bytes
@@ -86,12 +90,12 @@ class KernelTable:
 
     Attributes:
         kernels: At least the handover "none" for each op, dtype, K, V and compute capability.
-        short_call: `sweep_plan.SHORT_CALL`.
-        recompute_segments: `sweep_plan.RECOMPUTE_SEGMENTS`.
+        walk_cost: `sweep_plan.WALK_COST`.
+        recompute_chunks: `sweep_plan.RECOMPUTE_CHUNKS`.
         step_programs: `step_plan.STEP_PROGRAMS`.
     """
 
     kernels: tuple[CompiledKernel, ...]
-    short_call: int
-    recompute_segments: int
+    walk_cost: float
+    recompute_chunks: int
     step_programs: int

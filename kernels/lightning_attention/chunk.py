@@ -31,7 +31,7 @@ from tnllm_export.kernels.lightning_attention.sweep_plan import (
     Activation,
     SweepPlan,
     SweepTile,
-    hopper_tile,
+    hopper_tiles,
     key_block,
     sweep_plan,
     sweep_tile,
@@ -108,7 +108,7 @@ def sweep(
         output: Written wholly.
         present_state: Written if given; the state at the other end. Other memory than past_state's, which is read late.
         reverse: Carry the state from the last token to the first.
-        tile: Sizes other than those of the table.
+        tile: Sizes other than those of the rule.
         plan: Segments other than those of the rule.
     """
     B, T, H, _ = query.shape
@@ -147,6 +147,8 @@ def sweep(
 def sweep_back(
     inputs: tuple[Tensor, ...],
     results: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    *,
+    tile: SweepTile | None = None,
     plan: SweepPlan | None = None,
 ) -> int:
     """Launch those sweeps of a backward that have the same sizes as one, where there is a kernel for that.
@@ -155,6 +157,7 @@ def sweep_back(
         inputs: Query, key, value, grad_output, slope_rate, past_state, grad_state and lengths, as for the backward; the
             first four as `_dense_rows` returns them.
         results: The gradients of query, key, value and past_state, dense; the last one may be absent.
+        tile: Sizes other than those of the rule.
         plan: Segments other than those of the rule.
 
     Returns:
@@ -166,11 +169,11 @@ def sweep_back(
         return 0
     if not is_current(device):
         with torch.cuda.device(device):
-            return sweep_back(inputs, results, plan)
+            return sweep_back(inputs, results, tile=tile, plan=plan)
     slope_rate, lengths = slope_rate.contiguous(), lengths.contiguous()
     strides = tuple([x.stride() for x in (query, key, value, grad_output, past_state, grad_state)])
     *gradients, d_state = results
-    cut = _backward_cut(query.shape, value.shape[3], strides, query.dtype, device, d_state is not None, plan)
+    cut = _backward_cut(query.shape, value.shape[3], strides, query.dtype, device, d_state is not None, tile, plan)
     if cut is None:
         return 0
     states = (slope_rate, past_state, grad_state, lengths)
@@ -229,12 +232,12 @@ def _cut(
 ) -> _Cut:
     B, T, H, K = shape
     activation = _ACTIVATIONS[dtype]
-    if tile is None:
-        if capability(device) == 90 and _hopper_kernel() is not None:
-            tile = hopper_tile(K, V, activation)
-        tile = tile or sweep_tile(K, V, activation, capability(device))
+    on_hopper = capability(device) == 90 and _hopper_kernel() is not None
+    tiles = (hopper_tiles(K, V, activation) if on_hopper else ()) if tile is None else (tile,)
+    tiles = tiles or (sweep_tile(K, V, activation, capability(device)),)
+    tile, chosen = sweep_plan(tiles, B * H, V, T, processors(device))
+    plan = plan or chosen
     columns = B * H * -(-V // tile.value_block)
-    plan = plan or sweep_plan(tile, columns, T, processors(device))
     kernel = sweep_kernel if tile.kernel == "portable" else _hopper_kernel()
     constants = _constants(K, V, tile, plan, reverse, store_state)
     return _cut_of(kernel, constants, (T, H), K, strides, columns, tile, plan)
@@ -248,18 +251,20 @@ def _backward_cut(
     dtype: torch.dtype,
     device: torch.device,
     store_state: bool,
+    tile: SweepTile | None,
     plan: SweepPlan | None,
 ) -> _Cut | None:
     B, T, H, K = shape
     # States are [V, K] here.
-    tile = hopper_tile(V, K, _ACTIVATIONS[dtype])
-    if tile is None or _hopper_kernel() is None:
+    tiles = hopper_tiles(V, K, _ACTIVATIONS[dtype]) if tile is None else (tile,)
+    if not tiles or _hopper_kernel() is None:
         return None
     from tnllm_export.kernels.lightning_attention.backward_hopper import backward_hopper_kernel  # noqa: PLC0415
 
     sweeps = _sweeps_at_once(K, V)
+    tile, chosen = sweep_plan(tiles, sweeps * B * H, K, T, processors(device))
+    plan = plan or chosen
     columns = sweeps * B * H * (K // tile.value_block)
-    plan = plan or sweep_plan(tile, columns, T, processors(device))
     numbers = T, H, int(store_state)
     constants = K, V, tile.parts, sweeps, plan.handover
     return _cut_of(backward_hopper_kernel, constants, numbers, V, strides, columns, tile, plan)

@@ -2,8 +2,12 @@
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from tnllm_export.kernels.lightning_attention.sweep_plan import WALK_COST
 
 # triton 3.7 renamed it.
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -17,7 +21,7 @@ SLOW_RATE = gl.constexpr(0.6931471805599453)
 FACTORED_RATE = gl.constexpr(1.0)  # up to it, a chunk's decay and its inverse are far from the ends of float32
 POSTPONED = gl.constexpr(16.0)  # log2 of the decay of a state that is not applied yet, at most
 NEGLIGIBLE = gl.constexpr(40.0)  # as in `sweep.py`
-SHORTER = gl.constexpr(-0.86)  # log2 of how much each segment of a recomputing call is shorter than the one before
+SHORTER = gl.constexpr(math.log2(1 - WALK_COST))  # as in `sweep.py`
 
 # Places in the tuple of all buffers in shared memory.
 AT_KEYS = gl.constexpr(0)
@@ -108,8 +112,8 @@ def decay_factors(rate):
 
 
 @gluon.jit
-def recomputed_segment(i_segment, segments, n_chunks):
-    """First chunk of a segment where each walks all that comes before it: they get shorter, so that all end at once."""
+def recomputing(i_segment, segments, n_chunks):
+    """As `sweep._recomputing`."""
     share = (1.0 - gl.exp2(i_segment * SHORTER)) / (1.0 - gl.exp2(segments * SHORTER))
     return (n_chunks * share + 0.5).to(gl.int32)
 

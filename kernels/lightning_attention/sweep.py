@@ -24,6 +24,8 @@ the range of float32. float32 activations use IEEE float32 products.
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -35,7 +37,9 @@ from tnllm_export.kernels.lightning_attention.arithmetic import (
     product_wide_right,
     wait_for,
 )
+from tnllm_export.kernels.lightning_attention.sweep_plan import WALK_COST
 
+SHORTER = tl.constexpr(math.log2(1 - WALK_COST))  # of how much each recomputing segment is shorter than the last
 NEGLIGIBLE = tl.constexpr(40.0)  # exp(-40) is 4e-18: what has decayed so far is not looked at
 
 
@@ -106,6 +110,10 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
     n_segments = tl.maximum((n_chunks + segment_chunks - 1) // segment_chunks, 1)
     first = i_segment * segment_chunks
     end = tl.minimum(first + segment_chunks, n_chunks)
+    if HANDOVER == "recompute":
+        n_segments = segments
+        first = _recomputing(i_segment, segments, n_chunks)
+        end = _recomputing(i_segment + 1, segments, n_chunks)
 
     row = tl.arange(0, C)
     k_column = tl.arange(0, BK)
@@ -207,6 +215,13 @@ def sweep_kernel(  # noqa: D103, PLR0912, PLR0915
                 p_present_state += i_b.to(tl.int64) * present_stride_b + i_h.to(tl.int64) * present_stride_h
                 p_present = p_present_state + k_column[None, :] * present_stride_k
                 tl.store(p_present + v_column[:, None] * present_stride_v, state, mask=state_mask)
+
+
+@triton.jit
+def _recomputing(i_segment, segments, n_chunks):
+    """First chunk of a segment where each walks all before it: they get shorter, so that all end at once."""
+    share = (1.0 - tl.exp2(i_segment * SHORTER)) / (1.0 - tl.exp2(segments * SHORTER))
+    return (n_chunks * share + 0.5).to(tl.int32)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     C,
     barrier,
     halves_of,
-    recomputed_segment,
+    recomputing,
     stages_of,
 )
 from tnllm_export.kernels.lightning_attention.hopper_own import own
@@ -196,8 +196,8 @@ def sweep_program(  # noqa: PLR0915
     walk_end = first
     if HANDOVER == "recompute":
         n_segments = segments
-        first = recomputed_segment(i_segment, segments, n_chunks)
-        end = recomputed_segment(i_segment + 1, segments, n_chunks)
+        first = recomputing(i_segment, segments, n_chunks)
+        end = recomputing(i_segment + 1, segments, n_chunks)
         wanted = (first < end) | (i_segment == segments - 1)
         walk_begin = gl.where(wanted, gl.maximum(first - remembered, 0), first)
         walk_end = first

@@ -3,6 +3,7 @@
 Plain data and arithmetic without torch and Triton: the compiled kernels of a plugin follow the same plan.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +28,10 @@ class SweepTile:
     """Chunks in flight while the state alone is computed."""
     programs_per_processor: int
     """Programs that a multiprocessor holds at once: by it, segments are counted."""
+    answer_cost: float = 1.0
+    """Time of a chunk with its output, relative to that of other tiles for the same heads."""
+    handover_cost: float = 2.5
+    """Time, in chunks with their output, that goes by until each of four segments has the states before it."""
     long_segment: int = 128
     """Segments are cut in two where the halves have so many chunks: heads that remember long walk theirs twice, and
     then delay the end less."""
@@ -45,11 +50,11 @@ class SweepPlan:
     segments: int
 
 
-SHORT_CALL = 16
-"""Up to so many chunks, walking the tokens before a segment again takes less time than waiting for their state."""
+WALK_COST = 0.37
+"""Time of a chunk that is walked without output, relative to one with output: 0.77 to 2.1 µs on an H200."""
 
-RECOMPUTE_SEGMENTS = 4
-"""Segments of a call of so few chunks, at most: each walks all tokens before it."""
+RECOMPUTE_CHUNKS = 256
+"""A segment of a call of up to so many chunks may walk all before it again. Later, few heads remember the beginning."""
 
 _HOPPER_TILE = SweepTile(
     chunk=64,
@@ -58,18 +63,24 @@ _HOPPER_TILE = SweepTile(
     stages=3,
     state_stages=3,
     programs_per_processor=1,
+    handover_cost=4.0,
     kernel="hopper",
     further_warps=8,
 )
 
 
-def hopper_tile(K: int, V: int, activation: Activation) -> SweepTile | None:
-    """Return the tile of `sweep_hopper.py` for these head sizes; None where it takes them not."""
-    tile = _HOPPER_TILE
-    if K == 256:
-        tile = replace(tile, value_block=64, parts=2, stages=2, state_stages=2, long_segment=64)
-    fits = activation == "bfloat16" and K in (64, 128, 256) and V % tile.value_block == 0
-    return tile if fits else None
+def hopper_tiles(K: int, V: int, activation: Activation) -> tuple[SweepTile, ...]:
+    """Return the tiles of `sweep_hopper.py` for these head sizes; none where it takes them not."""
+    if activation != "bfloat16" or K not in (64, 128, 256):
+        return ()
+    # Half of the columns: more programs to walk a short sequence, which take more than half of the time.
+    narrow = replace(_HOPPER_TILE, value_block=64, parts=2, answer_cost=0.71, handover_cost=5.4)
+    tiles = {
+        64: (_HOPPER_TILE,),
+        128: (_HOPPER_TILE, narrow),
+        256: (replace(narrow, stages=2, state_stages=2, answer_cost=1.0, handover_cost=3.4, long_segment=64),),
+    }[K]
+    return tuple(tile for tile in tiles if V % tile.value_block == 0)
 
 
 def sweep_tile(K: int, V: int, activation: Activation, capability: int) -> SweepTile:
@@ -118,18 +129,35 @@ def sweep_tile(K: int, V: int, activation: Activation, capability: int) -> Sweep
     )
 
 
-def sweep_plan(tile: SweepTile, columns: int, T: int, processors: int) -> SweepPlan:
-    """Cut T tokens of `columns` = B * H * (value blocks) independent walks for a device of `processors`."""
+def sweep_plan(
+    tiles: Sequence[SweepTile], heads: int, V: int, T: int, processors: int
+) -> tuple[SweepTile, SweepPlan]:
+    """Choose among tiles, and cut T tokens of `heads` = B * H heads with V columns for a device of `processors`."""
+    _, tile, plan = min(
+        ((cost, tile, plan) for tile in tiles for cost, plan in _plans(tile, heads, V, T, processors)),
+        key=lambda option: option[0],
+    )
+    chunks = -(-T // tile.chunk)
+    if plan.handover == "lookback" and chunks >= 2 * tile.long_segment * plan.segments:
+        plan = replace(plan, segments=2 * plan.segments)
+    return tile, plan
+
+
+def _plans(tile: SweepTile, heads: int, V: int, T: int, processors: int) -> Iterator[tuple[float, SweepPlan]]:
+    """Yield what may be done with a tile, and about how long it takes. `plan.cpp` counts in the same order."""
+    columns = max(heads * -(-V // tile.value_block), 1)
     chunks = max(-(-T // tile.chunk), 1)
-    columns = max(columns, 1)
-    wanted = processors * tile.programs_per_processor // columns
-    if wanted < 2 or chunks < 2:
-        return SweepPlan("none", 1)
-    if chunks <= SHORT_CALL:
-        return SweepPlan("recompute", min(max(processors // columns, 2), RECOMPUTE_SEGMENTS, chunks))
-    if chunks >= 2 * tile.long_segment * wanted:
-        wanted *= 2
-    return SweepPlan("lookback", min(wanted, chunks))
+    slots = processors * tile.programs_per_processor
+    cost = tile.answer_cost * chunks
+    yield cost * -(-columns // slots), SweepPlan("none", 1)
+    left = 1.0 - WALK_COST
+    for segments in range(2, min(slots // columns, chunks) + 1):
+        left *= 1.0 - WALK_COST
+        if chunks <= RECOMPUTE_CHUNKS:
+            # Each is so much shorter than the one before that all end at once.
+            yield cost * WALK_COST / (1.0 - left), SweepPlan("recompute", segments)
+        shared = cost * (1.0 + WALK_COST) / segments
+        yield shared + tile.answer_cost * tile.handover_cost * (4 + segments) / 8.0, SweepPlan("lookback", segments)
 
 
 def key_block(K: int) -> int:

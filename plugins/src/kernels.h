@@ -33,6 +33,7 @@ struct Kernel {
     int32_t K, V, BK, BV, C;
     Handover handover;
     int32_t programsPerProcessor;
+    double answerCost, handoverCost;
     int32_t longSegment;
     char const* entry;
     size_t cubinOffset;
@@ -47,8 +48,8 @@ struct Kernel {
 extern Kernel const kKernels[];
 extern int32_t const kKernelCount;
 extern unsigned char const* const kCubins;
-extern int32_t const kShortCall;
-extern int32_t const kRecomputeSegments;
+extern double const kWalkCost;
+extern int32_t const kRecomputeChunks;
 extern int64_t const kStepPrograms;
 
 }  // namespace tnllm

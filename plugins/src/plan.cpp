@@ -43,16 +43,6 @@ void layOut(Plan& plan) noexcept
     plan.workspaceBytes = plan.scratchOffset + aligned(size_t(kernel.scratchBytes) * plan.columns * plan.segments);
 }
 
-Kernel const* withHandover(Call const& call, int32_t capability, Handover handover) noexcept
-{
-    for (int32_t i = 0; i < kKernelCount; ++i) {
-        if (fits(kKernels[i], call) && kKernels[i].capability == capability && kKernels[i].handover == handover) {
-            return &kKernels[i];
-        }
-    }
-    return nullptr;
-}
-
 // The capability whose kernels a device runs, 0 without any.
 int32_t bestCapability(Call const& call, int32_t capability) noexcept
 {
@@ -65,35 +55,55 @@ int32_t bestCapability(Call const& call, int32_t capability) noexcept
     return best;
 }
 
+// As `_plans` in sweep_plan.py: about how long a call takes if it is cut so, in the same order of arithmetic.
+double costOf(Kernel const& kernel, int64_t chunks, int64_t columns, int64_t slots, int64_t segments) noexcept
+{
+    double const cost = kernel.answerCost * double(chunks);
+    if (kernel.handover == Handover::none) {
+        return cost * double(ceilDiv(columns, slots));
+    }
+    if (kernel.handover == Handover::recompute) {
+        double left = 1.0;
+        for (int64_t i = 0; i < segments; ++i) {
+            left *= 1.0 - kWalkCost;
+        }
+        return cost * kWalkCost / (1.0 - left);
+    }
+    double const shared = cost * (1.0 + kWalkCost) / double(segments);
+    return shared + kernel.answerCost * kernel.handoverCost * double(4 + segments) / 8.0;
+}
+
 bool chooseChunk(Call const& call, int32_t capability, int32_t processors, Plan& plan) noexcept
 {
-    plan.kernel = withHandover(call, capability, Handover::none);
-    if (plan.kernel == nullptr) {
-        return false;
+    double least = 0;
+    plan.kernel = nullptr;
+    for (int32_t i = 0; i < kKernelCount; ++i) {
+        Kernel const& kernel = kKernels[i];
+        if (!fits(kernel, call) || kernel.capability != capability) {
+            continue;
+        }
+        int64_t const chunks = std::max<int64_t>(ceilDiv(call.T, kernel.C), 1);
+        int64_t const columns = std::max<int64_t>(columnsOf(kernel, call), 1);
+        int64_t const slots = int64_t(processors) * kernel.programsPerProcessor;
+        bool const cut = kernel.handover != Handover::none;
+        // Where every segment starts from past_state, the last one may not overwrite it before the others have read it.
+        if (kernel.handover == Handover::recompute && (call.inPlace || chunks > kRecomputeChunks)) {
+            continue;
+        }
+        int64_t const most = cut ? std::min(slots / columns, chunks) : 1;
+        for (int64_t segments = cut ? 2 : 1; segments <= most; ++segments) {
+            double const cost = costOf(kernel, chunks, columns, slots, segments);
+            if (plan.kernel == nullptr || cost < least) {
+                least = cost;
+                bool const isLong = kernel.handover == Handover::lookback
+                    && chunks >= 2 * int64_t(kernel.longSegment) * segments;
+                plan.kernel = &kernel;
+                plan.columns = columnsOf(kernel, call);
+                plan.segments = isLong ? 2 * segments : segments;
+            }
+        }
     }
-    Kernel const& tile = *plan.kernel;
-    int64_t const chunks = std::max<int64_t>(ceilDiv(call.T, tile.C), 1);
-    plan.columns = columnsOf(tile, call);
-    plan.segments = 1;
-    int64_t const wanted = int64_t(processors) * tile.programsPerProcessor / std::max<int64_t>(plan.columns, 1);
-    if (wanted < 2 || chunks < 2) {
-        return true;
-    }
-    bool const few = chunks <= kShortCall;
-    // Where every segment starts from past_state, the last one may not overwrite it before the others have read it.
-    bool const recompute = few && !call.inPlace;
-    Kernel const* cut = withHandover(call, capability, recompute ? Handover::recompute : Handover::lookback);
-    if (cut == nullptr) {
-        return true;
-    }
-    plan.kernel = cut;
-    if (few) {
-        int64_t const spread = std::max<int64_t>(processors / std::max<int64_t>(plan.columns, 1), 2);
-        plan.segments = std::min<int64_t>({spread, kRecomputeSegments, chunks});
-    } else {
-        plan.segments = std::min(chunks >= 2 * tile.longSegment * wanted ? 2 * wanted : wanted, chunks);
-    }
-    return true;
+    return plan.kernel != nullptr;
 }
 
 bool chooseStep(Call const& call, int32_t capability, int32_t processors, Plan& plan) noexcept

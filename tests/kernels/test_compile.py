@@ -10,9 +10,9 @@ from tnllm_export.kernels.compile import SHARED_BYTES, compile_table
 from tnllm_export.kernels.compiled import INTEGERS, POINTERS
 from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_tile
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
-    RECOMPUTE_SEGMENTS,
-    SHORT_CALL,
-    hopper_tile,
+    RECOMPUTE_CHUNKS,
+    WALK_COST,
+    hopper_tiles,
     sweep_plan,
     sweep_tile,
 )
@@ -24,8 +24,8 @@ CHUNK, STEP = "LightningAttention", "LightningAttentionStep"
 def test_every_architecture_has_all_kernels_that_a_plan_may_choose():
     reports = []
     table = compile_table(tuple(SHARED_BYTES), ((32, 16),), ("bfloat16",), progress=lambda *a: reports.append(a))
-    rule = (table.short_call, table.recompute_segments, table.step_programs)
-    assert rule == (SHORT_CALL, RECOMPUTE_SEGMENTS, STEP_PROGRAMS)
+    rule = (table.walk_cost, table.recompute_chunks, table.step_programs)
+    assert rule == (WALK_COST, RECOMPUTE_CHUNKS, STEP_PROGRAMS)
     assert reports[-1][1] == reports[-1][2] == len(table.kernels)
     for sm in SHARED_BYTES:
         kernels = [kernel for kernel in table.kernels if kernel.compute_capability == sm]
@@ -34,8 +34,8 @@ def test_every_architecture_has_all_kernels_that_a_plan_may_choose():
         assert len(chunk) + len(step) == len(kernels)
         tile = sweep_tile(32, 16, "bfloat16", sm)
         assert {kernel.long_segment for kernel in chunk.values()} == {tile.long_segment}
-        plans = [sweep_plan(tile, columns, T, 100) for columns in (1, 8, 1000) for T in (1, 300, 5000)]
-        assert {plan.handover for plan in plans} == chunk.keys()
+        plans = [sweep_plan([tile], heads, 16, T, 100) for heads in (1, 8, 1000) for T in (1, 300, 30000)]
+        assert {plan.handover for _, plan in plans} == chunk.keys()
         assert {step_tile(32, 16, heads, 100).value_block for heads in (1, 1_000_000)} == step.keys()
         for kernel in kernels:
             assert kernel.cubin.startswith(b"\x7fELF")
@@ -64,22 +64,24 @@ def test_the_widest_released_heads_fit_where_memory_is_small_and_where_tensor_co
 
 
 def test_hopper_has_its_own_kernel_for_the_released_head_sizes():
-    table = compile_table((90,), ((64, 128), (80, 128), (256, 128)), ("bfloat16",))
-    entries = {(kernel.key_dim, kernel.entry) for kernel in table.kernels if kernel.op == CHUNK}
-    assert entries == {(64, "sweep_hopper_kernel"), (80, "sweep_kernel"), (256, "sweep_hopper_kernel")}
+    table = compile_table((90,), ((64, 128), (80, 128), (128, 128), (256, 128)), ("bfloat16",))
+    kernels = [kernel for kernel in table.kernels if kernel.op == CHUNK]
+    found = {(kernel.key_dim, kernel.value_block, kernel.entry) for kernel in kernels}
+    own = {(64, 128), (128, 128), (128, 64), (256, 64)}
+    assert found == {(80, 64, "sweep_kernel"), *((*sizes, "sweep_hopper_kernel") for sizes in own)}
+    assert len(kernels) == 3 * len(found)
     for kernel in table.kernels:
         assert (kernel.scratch_bytes > 0) == (kernel.op == CHUNK)
 
 
 def test_the_plan_and_the_kernel_for_hopper_name_the_same_sizes():
     hopper = pytest.importorskip("tnllm_export.kernels.lightning_attention.hopper_arithmetic")
-    tiles = {K: hopper_tile(K, 128, "bfloat16") for K in (64, 128, 256)}
-    assert {tile.chunk for tile in tiles.values()} == {hopper.C.value}
-    assert {K: tile.value_block // hopper.HALF.value for K, tile in tiles.items()} == {64: 2, 128: 2, 256: 1}
-    for K, tile in tiles.items():
-        parts = hopper.parts_of(K)
+    tiles = {(K, tile.parts): tile for K in (64, 128, 256) for tile in hopper_tiles(K, 128, "bfloat16")}
+    assert set(tiles) == {(64, 1), (128, 1), (128, 2), (256, 2)}
+    for (K, parts), tile in tiles.items():
+        assert tile.chunk == hopper.C.value
         assert tile.value_block == hopper.halves_of(parts) * hopper.HALF.value
-        assert tile.stages == tile.state_stages == hopper.stages_of(parts)
+        assert tile.stages == tile.state_stages == hopper.stages_of(K)
 
 
 def test_missing_triton_and_unknown_architectures_are_named(monkeypatch):

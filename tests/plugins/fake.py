@@ -6,11 +6,15 @@ from pathlib import Path
 from filelock import FileLock
 
 from tnllm_export.kernels.compiled import CompiledKernel, KernelTable
+from tnllm_export.kernels.lightning_attention.sweep_plan import RECOMPUTE_CHUNKS, WALK_COST
 from tnllm_export.plugins.library import build_library
 
 CAPABILITIES = (80, 86, 120)
 HEAD_SIZES = ((32, 16), (16, 16), (96, 48), (48, 48))
 """K and V of the tiny model and of the demo model, with and without LRPE."""
+
+COSTS = {48: 1.0, 16: 0.5}
+"""Time of a chunk by the columns of a program."""
 
 CHUNK_ARGUMENTS = (
     *("query", "key", "value", "slope_rate", "past_state", "lengths", "output", "present_state", "carry", "progress"),
@@ -25,11 +29,12 @@ STEP_ARGUMENTS = (
 def fake_table() -> KernelTable:
     kernels = []
     for capability, dtype, (K, V) in product(CAPABILITIES, ("float32", "float16", "bfloat16"), HEAD_SIZES):
-        for handover in ("none", "recompute", "lookback"):
-            kernels.append(fake("LightningAttention", capability, dtype, K, V, 16, 64, handover, CHUNK_ARGUMENTS))
+        # One architecture has a choice of tiles.
+        for block, handover in product((48, 16) if capability == 120 else (16,), ("none", "recompute", "lookback")):
+            kernels.append(fake("LightningAttention", capability, dtype, K, V, block, 64, handover, CHUNK_ARGUMENTS))
         for block in (16, 32, 64):
             kernels.append(fake("LightningAttentionStep", capability, dtype, K, V, block, 1, "none", STEP_ARGUMENTS))
-    return KernelTable(tuple(kernels), short_call=16, recompute_segments=4, step_programs=16)
+    return KernelTable(tuple(kernels), walk_cost=WALK_COST, recompute_chunks=RECOMPUTE_CHUNKS, step_programs=16)
 
 
 def fake(op, capability, dtype, K, V, block, chunk, handover, arguments) -> CompiledKernel:
@@ -44,6 +49,8 @@ def fake(op, capability, dtype, K, V, block, chunk, handover, arguments) -> Comp
         chunk=chunk,
         handover=handover,
         programs_per_processor=2,
+        answer_cost=COSTS.get(block, 1.0),
+        handover_cost=3.0,
         long_segment=100,
         entry=f"{op}_{handover}_{block}",
         cubin=f"no code for {capability} {dtype}".encode(),

@@ -7,14 +7,10 @@ from itertools import product
 import pytest
 
 from tnllm_export.kernels.lightning_attention.step_kernel import step_tile
-from tnllm_export.kernels.lightning_attention.sweep_plan import (
-    RECOMPUTE_SEGMENTS,
-    SHORT_CALL,
-    SweepTile,
-    sweep_plan,
-)
+from tnllm_export.kernels.lightning_attention.sweep_plan import SweepTile, sweep_plan
 from tnllm_export.plugins.library import SOURCES
 from tnllm_export.plugins.table import TABLE, write_table
+from tests.plugins.fake import COSTS
 
 SHIM = """
 #include "plan.h"
@@ -74,32 +70,46 @@ def ask(shim, op, B, T, H, K, V, capability, processors, in_place=False):
     return answer if found else None
 
 
+@pytest.mark.parametrize(("capability", "blocks"), [(86, (16,)), (120, (48, 16))])
 @pytest.mark.parametrize("processors", [20, 132])
-def test_the_chunk_op_is_cut_as_triton_cuts_it(table, plans, processors):
-    assert (table.short_call, table.recompute_segments) == (SHORT_CALL, RECOMPUTE_SEGMENTS)
-    tile = SweepTile(
-        chunk=64, value_block=16, warps=4, stages=1, state_stages=1, programs_per_processor=2, long_segment=100
-    )
+def test_the_chunk_op_is_cut_as_triton_cuts_it(plans, processors, capability, blocks):
+    tiles = [
+        SweepTile(
+            chunk=64,
+            value_block=block,
+            warps=4,
+            stages=1,
+            state_stages=1,
+            programs_per_processor=2,
+            answer_cost=COSTS[block],
+            handover_cost=3.0,
+            long_segment=100,
+        )
+        for block in blocks
+    ]
     seen, most_programs = set(), 0
     for B, T, H in CALLS:
-        found = ask(plans, CHUNK, B, T, H, 96, 48, 86, processors)
-        expected = sweep_plan(tile, B * H * 3, T, processors)
-        assert (found.columns, found.segments) == (B * H * 3, expected.segments)
+        found = ask(plans, CHUNK, B, T, H, 96, 48, capability, processors)
+        tile, expected = sweep_plan(tiles, B * H, 48, T, processors)
+        assert found.block == tile.value_block
+        assert (found.columns, found.segments) == (B * H * (48 // tile.value_block), expected.segments)
         assert HANDOVERS[found.handover] == expected.handover
-        seen.add(expected.handover)
+        seen.add((tile.value_block, expected.handover))
         if expected.segments > 1:
             most_programs = max(most_programs, found.columns * found.segments)
-    assert seen == set(HANDOVERS)
+    assert {handover for _, handover in seen} == set(HANDOVERS)
+    assert {block for block, _ in seen} == set(blocks)
     # A long call has more programs than fit the device at once.
     assert 2 * processors < most_programs <= 4 * processors
 
 
 def test_a_state_in_place_is_never_read_by_one_segment_after_another_has_written_it(plans):
-    for processors, (B, T, H) in product((20, 132), CALLS):
-        beside = ask(plans, CHUNK, B, T, H, 96, 48, 86, processors)
-        in_place = ask(plans, CHUNK, B, T, H, 96, 48, 86, processors, in_place=True)
-        assert in_place.segments == beside.segments
-        assert HANDOVERS[in_place.handover] == ("none" if beside.segments == 1 else "lookback")
+    beside_others, alone = set(), set()
+    for capability, processors, (B, T, H) in product((86, 120), (20, 132), CALLS):
+        beside_others.add(ask(plans, CHUNK, B, T, H, 96, 48, capability, processors).handover)
+        alone.add(ask(plans, CHUNK, B, T, H, 96, 48, capability, processors, in_place=True).handover)
+    assert {HANDOVERS[kind] for kind in beside_others} == set(HANDOVERS)
+    assert {HANDOVERS[kind] for kind in alone} == {"none", "lookback"}
 
 
 @pytest.mark.parametrize("processors", [20, 132])

@@ -21,13 +21,14 @@ def type_of(argument):
 
 
 def main():
-    for K, V, sweeps, handovers in (
-        (128, 128, 3, ("none", "lookback")),
-        (256, 256, 3, ("none",)),
-        (256, 128, 2, ("none",)),
+    for K, V, parts, sweeps, handovers in (
+        (128, 128, 1, 3, ("none", "lookback")),
+        (128, 128, 2, 3, ("recompute",)),
+        (256, 256, 2, 3, ("none",)),
+        (256, 128, 1, 2, ("none",)),
     ):
         for handover in handovers:
-            constants = {"K": K, "V": V, "SWEEPS": sweeps, "HANDOVER": handover}
+            constants = {"K": K, "V": V, "PARTS": parts, "SWEEPS": sweeps, "HANDOVER": handover}
             constants |= {"past_stride_v": 1, "grad_state_stride_v": 1}
             names = list(enumerate(kernel.arg_names))
             signature = {name: "constexpr" if name in constants else type_of(name) for _, name in names}
@@ -44,6 +45,7 @@ def main():
             line = {
                 "K": K,
                 "V": V,
+                "parts": parts,
                 "handover": handover,
                 "shared_bytes": compiled.metadata.shared,
                 "products": ptx.count("wgmma.mma_async"),

@@ -15,7 +15,7 @@ import torch
 from tnllm_export.kernels.lightning_attention import lightning_attention, lightning_attention_step
 from tnllm_export.kernels.lightning_attention.chunk import sweep
 from tnllm_export.kernels.lightning_attention.launch import capability
-from tnllm_export.kernels.lightning_attention.sweep_plan import Handover, SweepPlan, sweep_tile
+from tnllm_export.kernels.lightning_attention.sweep_plan import Handover, SweepPlan, hopper_tiles, sweep_tile
 
 PLANS: dict[Handover, int] = {"none": 1, "recompute": 3, "lookback": 5}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,15 +33,17 @@ def inputs(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> list[t
 
 
 def main() -> None:
+    architecture = capability(torch.device("cuda", torch.cuda.current_device()))
     sizes = ((128, 128), (256, 128), (48, 80))
     for (name, dtype), (K, V), (handover, segments) in product(DTYPES.items(), sizes, PLANS.items()):
-        tile = sweep_tile(K, V, name, capability(torch.device("cuda", torch.cuda.current_device())))  # type: ignore[arg-type]
+        tile = sweep_tile(K, V, name, architecture)  # type: ignore[arg-type]
         chunks = 10
         arguments = inputs(3, tile.chunk * chunks - 5, 1, K, V, dtype)
         plan = SweepPlan(handover, segments)
-        for reverse in (False, True):
+        tiles = hopper_tiles(K, V, name) if architecture == 90 else ()  # type: ignore[arg-type]
+        for tile, reverse in product(tiles or (tile,), (False, True)):
             output, state = torch.empty_like(arguments[2]), torch.empty_like(arguments[4])
-            sweep(*arguments, output, state, reverse=reverse, plan=plan)
+            sweep(*arguments, output, state, reverse=reverse, tile=tile, plan=plan)
             torch.cuda.synchronize()
             assert output.isfinite().all()
             assert state.isfinite().all()

@@ -12,8 +12,14 @@ pytest.importorskip("triton.experimental.gluon")
 
 def test_the_launch_of_a_backward_fits_hopper(lines_of):
     lines = lines_of(Path(__file__).with_name("compile_backward_hopper.py"))
-    found = [(line["K"], line["V"], line["handover"]) for line in lines]
-    assert found == [(128, 128, "none"), (128, 128, "lookback"), (256, 256, "none"), (256, 128, "none")]
+    found = [(line["K"], line["V"], line["parts"], line["handover"]) for line in lines]
+    assert found == [
+        (128, 128, 1, "none"),
+        (128, 128, 1, "lookback"),
+        (128, 128, 2, "recompute"),
+        (256, 256, 2, "none"),
+        (256, 128, 1, "none"),
+    ]
     for line in lines:
         assert line["shared_bytes"] <= SHARED_BYTES[90], line
         assert line["products"] > 0, line

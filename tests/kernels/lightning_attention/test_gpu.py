@@ -15,7 +15,7 @@ from tnllm_export.kernels.lightning_attention.blocked import (
     lightning_attention_blocked,
     lightning_attention_blocked_backward,
 )
-from tnllm_export.kernels.lightning_attention.sweep_plan import SweepPlan
+from tnllm_export.kernels.lightning_attention.sweep_plan import SweepPlan, hopper_tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +30,7 @@ STATE = 5e-5
 SIZES = (16, 48, 64, 80, 128, 256)
 TOKENS = (1, 63, 64, 257, 1024, 4096, 4999)  # one segment, some that are recomputed, and a look-back
 FEW = ((16, 16), (48, 80), (64, 64), (128, 128), (16, 256), (256, 128), (256, 256))
+PLANS = (SweepPlan("none", 1), SweepPlan("recompute", 3), SweepPlan("lookback", 5))
 HALVES = (torch.bfloat16, torch.float16)
 FORWARD = [
     *((torch.bfloat16, K, V) for K, V in product(SIZES, SIZES)),
@@ -107,10 +108,50 @@ def test_gradients_are_as_good_as_those_of_the_blocked_form(on_gpu, in_float64, 
         assert torch.equal(gradient, again)
 
 
-@pytest.mark.parametrize("plan", [SweepPlan("none", 1), SweepPlan("recompute", 3), SweepPlan("lookback", 5)], ids=str)
-@pytest.mark.parametrize(("K", "V", "swept"), [(128, 128, 3), (256, 256, 3), (256, 128, 2), (128, 256, 2)])
-def test_one_launch_of_a_backward_is_as_good_as_the_blocked_form(on_gpu, in_float64, relative_error, K, V, swept, plan):
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
+@pytest.mark.parametrize(("K", "V"), [(64, 128), (128, 128), (256, 128), (128, 64)])
+def test_the_kernel_for_hopper_is_as_good_as_the_blocked_form_however_it_is_cut(
+    on_gpu, in_float64, relative_error, K, V, which, plan
+):
+    sweep = pytest.importorskip("tnllm_export.kernels.lightning_attention.chunk").sweep
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only Hopper has this kernel")
+    tile = hopper_tiles(K, V, "bfloat16")[which]
+    for T in (1, 50, 64, 129, 700, 1500):
+        inputs = on_gpu(3, T, 8, K, V)
+        # Heads that hardly decay, that decay every few chunks, at each chunk, and within a chunk.
+        inputs[3] = torch.logspace(-7, 0.7, 8, device="cuda")
+        query, key, value, slope_rate, past_state, lengths = inputs
+        expected_output, expected_state = lightning_attention_blocked(*in_float64(inputs))
+        blocked, _ = lightning_attention_blocked(*inputs)
+        output, state = torch.full_like(value, torch.nan), torch.full_like(past_state, torch.nan)
+        sweep(*inputs, output, state, tile=tile, plan=plan)
+        errors_within_limits(output, expected_output, blocked, value.dtype, relative_error)
+        assert relative_error(state, expected_state) <= STATE
+        # The gradient of values is a sweep backwards.
+        grad_output = torch.randn_like(value)
+        nothing = torch.zeros_like(past_state)
+        arguments = [grad_output, past_state, query, key, value, slope_rate, nothing, lengths]
+        expected_output = lightning_attention_blocked_backward(*in_float64(arguments))[2]
+        blocked = lightning_attention_blocked_backward(*arguments)[2]
+        output = torch.full_like(value, torch.nan)
+        sweep(
+            key, query, grad_output, slope_rate, past_state, lengths, output, state, reverse=True, tile=tile, plan=plan
+        )
+        errors_within_limits(output, expected_output, blocked, value.dtype, relative_error)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize(
+    ("K", "V", "which", "swept"),
+    [(128, 128, 0, 3), (128, 128, 1, 3), (256, 256, 0, 3), (256, 128, 0, 2), (256, 128, 1, 2), (128, 256, 0, 2)],
+)
+def test_one_launch_of_a_backward_is_as_good_as_the_blocked_form(
+    on_gpu, in_float64, relative_error, K, V, which, swept, plan
+):
     sweep_back = pytest.importorskip("tnllm_export.kernels.lightning_attention.chunk").sweep_back
+    tile = hopper_tiles(V, K, "bfloat16")[which]
     inputs = on_gpu(3, 1500, 2, K, V)
     query, key, value, slope_rate, past_state, lengths = inputs
     # Of a layout that a model's views have: batch and token swapped.
@@ -118,7 +159,7 @@ def test_one_launch_of_a_backward_is_as_good_as_the_blocked_form(on_gpu, in_floa
     grad_state = torch.randn_like(past_state.mT).mT
     arguments = (query, key, value, grad_output, slope_rate, past_state, grad_state, lengths)
     found = [torch.full_like(x, torch.nan).contiguous() for x in (query, key, value, past_state)]
-    written = sweep_back(arguments, tuple(found), plan)
+    written = sweep_back(arguments, tuple(found), tile=tile, plan=plan)
     if written == 0:
         assert torch.cuda.get_device_capability() != (9, 0)
         pytest.skip("only Hopper has this kernel")
@@ -133,7 +174,7 @@ def test_one_launch_of_a_backward_is_as_good_as_the_blocked_form(on_gpu, in_floa
         assert relative_error(found[3], expected_state) <= STATE
     # Without the past state's gradient, which may not be written elsewhere then.
     again, kept = [torch.full_like(x, torch.nan) for x in found[:3]], past_state.clone()
-    assert sweep_back(arguments, (*again, None), plan) == swept
+    assert sweep_back(arguments, (*again, None), tile=tile, plan=plan) == swept
     assert all(torch.equal(x, y) for x, y in list(zip(found, again, strict=False))[:swept])
     assert torch.equal(past_state, kept)
 

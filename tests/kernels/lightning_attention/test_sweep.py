@@ -144,6 +144,6 @@ def test_nothing_to_do_is_allowed(chunk_inputs, device):
 @pytest.mark.parametrize("columns", [1, 64, 100_000])
 def test_a_plan_has_no_more_segments_than_chunks_or_room(T, columns):
     tile = SweepTile(chunk=32, value_block=32, warps=4, stages=1, state_stages=1, programs_per_processor=2)
-    plan = sweep_plan(tile, columns, T, processors=132)
+    _, plan = sweep_plan([tile], columns, 32, T, processors=132)
     assert 1 <= plan.segments <= min(-(-T // 32), 4 * 132)
     assert (plan.handover == "none") == (plan.segments == 1)
