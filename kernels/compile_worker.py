@@ -67,7 +67,8 @@ def _kernel(variant: dict[str, Any]) -> tuple[Any, type, dict[str, Any]]:
 
     from tnllm_export.kernels.lightning_attention.sweep_hopper import sweep_hopper_kernel  # noqa: PLC0415
 
-    return sweep_hopper_kernel, GluonASTSource, _sizes(variant) | _chunk_constants(variant) | {"PARTS": variant["parts"]}
+    constants = _sizes(variant) | _chunk_constants(variant) | {"PARTS": variant["parts"]}
+    return sweep_hopper_kernel, GluonASTSource, constants
 
 
 def _pointer(name: str, dtype: str) -> str:

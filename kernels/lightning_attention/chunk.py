@@ -25,6 +25,7 @@ from tnllm_export.kernels.lightning_attention.launch import (
     is_current,
     launch,
     processors,
+    zero_counters,
 )
 from tnllm_export.kernels.lightning_attention.sweep import sweep_kernel
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
@@ -211,7 +212,7 @@ def _launch(
     """
     device = lengths.device
     carry = torch.empty(cut.carry, dtype=torch.float32, device=device) if cut.carry else past_state
-    progress = torch.zeros(cut.progress, dtype=torch.int32, device=device) if cut.progress else lengths
+    progress = zero_counters(cut.progress, device) if cut.progress else lengths
     misalignment = tuple([x.data_ptr() % 16 for x in anywhere])
     allocate_with_torch()
     arguments = (*tensors, carry, progress, *cut.numbers)

@@ -30,16 +30,16 @@ AT_VALUES = gl.constexpr(2)
 AT_SCORES = gl.constexpr(3)
 AT_OUT = gl.constexpr(4)
 AT_PARTIAL = gl.constexpr(5)
-AT_DECAYS = gl.constexpr(6)  # of values
-AT_ANSWER_DECAYS = gl.constexpr(13)
-# Barriers: buffers that are filled or free, by chunk; the same during a walk; what is prepared; an output that lacks the
-# other owner's part.
-AT_FULL = gl.constexpr(7)
-AT_EMPTY = gl.constexpr(8)
-AT_WALK_FULL = gl.constexpr(9)
-AT_WALK_EMPTY = gl.constexpr(10)
-AT_SCORED = gl.constexpr(11)
-AT_EXCHANGED = gl.constexpr(12)
+AT_DECAYS = gl.constexpr(6)  # of values, until a chunk's end
+AT_ANSWER_DECAYS = gl.constexpr(7)
+# Barriers: buffers that are filled or free, by chunk; the same during a walk; what is prepared; an output that lacks
+# the other owner's part.
+AT_FULL = gl.constexpr(8)
+AT_EMPTY = gl.constexpr(9)
+AT_WALK_FULL = gl.constexpr(10)
+AT_WALK_EMPTY = gl.constexpr(11)
+AT_SCORED = gl.constexpr(12)
+AT_EXCHANGED = gl.constexpr(13)
 
 
 @gluon.constexpr_function
@@ -134,12 +134,9 @@ def chunk_start(i, n_chunks, REVERSE: gl.constexpr):
 
 
 @gluon.jit
-def decays_now(slope, since, is_last, FACTORED: gl.constexpr):
+def decays_now(slope, since, is_last):
     """Whether a state that has not decayed for `since` tokens, those of the chunk at hand included, does it here."""
-    if FACTORED:
-        return is_last | (gl.abs(slope) * LOG2_E * (since + C) > POSTPONED)
-    else:
-        return since == since
+    return is_last | (gl.abs(slope) * LOG2_E * (since + C) > POSTPONED)
 
 
 @gluon.jit

@@ -43,12 +43,12 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     decay_factors,
     decayed,
     decays_now,
-    progression,
     halves_of,
+    progression,
     scaled_parts,
     split,
-    upper_half,
     tokens,
+    upper_half,
     upper_part,
     wait_for,
 )
@@ -73,8 +73,8 @@ def own(
 ):
     """Own half of a program's state: bring it to the start of the segment, then answer its queries.
 
-    Half of the columns; where a state has two PARTS, half of the rows. `reverse` counts where REVERSE is None: what runs is compiled
-    for one direction all the same.
+    Half of the columns; where a state has two PARTS, half of the rows. `reverse` counts where REVERSE is None: what
+    runs is compiled for one direction all the same.
     """
     if REVERSE is None:
         if reverse:
@@ -195,7 +195,7 @@ def _own(  # noqa: PLR0912, PLR0915
 
 
 @gluon.jit
-def _answer(  # noqa: PLR0915
+def _answer(  # noqa: PLR0912, PLR0915
     state,
     half,
     part,
@@ -265,10 +265,13 @@ def _answer(  # noqa: PLR0915
         if PARTS == 1:
             o = warpgroup_mma(v, second_scores, o, is_async=True)
         since += count
-        if decays_now(slope, since, i == end - 1, FACTORED):
-            keep, change = decay_factors(slope * since)
-            state = state * (keep + change)
-            since = 0 * since
+        if FACTORED:
+            if decays_now(slope, since, i == end - 1):
+                state = _scaled(state, slope * since)
+                since = since * 0
+        else:
+            state = _scaled(state, slope * since)
+            since = since * 0
         rows = v.load(decayed_operand)
         decay_high = decays.index(n % SCORE_STAGES * 2).load(gl.SliceLayout(0, decayed_operand))
         decay_low = decays.index(n % SCORE_STAGES * 2 + 1).load(gl.SliceLayout(0, decayed_operand))
@@ -303,6 +306,13 @@ def _answer(  # noqa: PLR0915
         mbarrier.arrive(buffers[AT_EMPTY].index(stage), count=1)
     tma.store_wait(0)
     return state
+
+
+@gluon.jit
+def _scaled(state, rate):
+    """exp(-rate) state, rounded once."""
+    keep, change = decay_factors(rate)
+    return state * (keep + change)
 
 
 @gluon.jit

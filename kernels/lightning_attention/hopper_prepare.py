@@ -47,7 +47,17 @@ ANSWER_AHEAD = gl.constexpr(1)
 
 @gluon.jit
 def prepare(
-    buffers, sequence, way, query, key, value, reverse, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr
+    buffers,
+    sequence,
+    way,
+    query,
+    key,
+    value,
+    reverse,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    PARTS: gl.constexpr,
+    REVERSE: gl.constexpr,
 ):
     """Bring the chunks of a walk, then what the owners need to answer the queries of a segment.
 
@@ -63,7 +73,18 @@ def prepare(
 
 
 @gluon.jit
-def _prepare(buffers, sequence, way, query, key, value, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+def _prepare(
+    buffers,
+    sequence,
+    way,
+    query,
+    key,
+    value,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    PARTS: gl.constexpr,
+    REVERSE: gl.constexpr,
+):
     keys = buffers[AT_KEYS]
     values = buffers[AT_VALUES]
     slope, n_chunks, length = sequence
@@ -211,15 +232,21 @@ def _store_scores(scores, buffers, sequence, i, end, n, since, REVERSE: gl.const
     parts.index(stage * 2 + 1).store(low)
     # Values decay until the chunk's end, or have what the state has not decayed in advance.
     since += count
-    now = decays_now(slope, since, i == end - 1, FACTORED)
-    exponent = gl.where(now, gl.minimum(rate * since - exponent, 0.0), -exponent)
+    until_end = gl.minimum(rate * since - exponent, 0.0)
+    if FACTORED:
+        now = decays_now(slope, since, i == end - 1)
+        exponent = gl.where(now, until_end, -exponent)
+        since = gl.where(now, 0, since)
+    else:
+        exponent = until_end
+        since = since * 0
     high, low = split(gl.exp2(exponent))
     decays.index(stage * 2).store(high)
     decays.index(stage * 2 + 1).store(low)
     fence_async_shared()
     barrier()
     mbarrier.arrive(buffers[AT_SCORED].index(stage), count=1)
-    return gl.where(now, 0, since)
+    return since
 
 
 @gluon.jit

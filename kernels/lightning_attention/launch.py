@@ -4,17 +4,32 @@ Triton binds, types and hashes some forty arguments at each launch, which takes 
 Here the caller's key stands for all that this depends on, and what is compiled under it is launched directly.
 """
 
+import threading
 from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 LIMIT = 4096
 """Keys that are remembered; they hold sizes, and a server sees many."""
 
+STOCK = 32
+"""So many launches have their counters set to 0 at once."""
+
 _compiled: dict[Hashable, Any] = {}
+
+
+class _Stock(threading.local):
+    """Counters of a thread that are 0, by their number, device and stream."""
+
+    def __init__(self) -> None:
+        self.counters: dict[Hashable, list[Tensor]] = {}
+
+
+_stock = _Stock()
 
 
 def launch(
@@ -50,6 +65,25 @@ def launch(
     if len(_compiled) >= LIMIT:
         _compiled.clear()
     _compiled[key] = compiled[grid]
+
+
+def zero_counters(count: int, device: torch.device) -> Tensor:
+    """Return `count` int32 zeros for one launch on the current stream.
+
+    To set them to 0 is a launch of its own, which costs a short sequence's host as much as its kernel. So it is done
+    for many at a time; but in a CUDA graph, which is run again, for each.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = count, device, torch.cuda.current_stream(device)
+    ready = _stock.counters.get(key)
+    if not ready:
+        if len(_stock.counters) >= LIMIT // STOCK:
+            _stock.counters.clear()
+        # Rows start at multiples of 16 bytes, as allocations do.
+        rows = torch.zeros((STOCK, -(-count // 4) * 4), dtype=torch.int32, device=device)
+        ready = _stock.counters[key] = list(rows.unbind())
+    return ready.pop()
 
 
 def can_overlap(device: torch.device) -> bool:

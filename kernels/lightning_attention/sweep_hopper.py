@@ -220,7 +220,7 @@ def sweep_program(  # noqa: PLR0915
     )
     decays = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES * 2, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     answer_decays = gl.allocate_shared_memory(gl.float32, [SCORE_STAGES, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    # Each kind of barrier by itself: the compiler takes a wait for one of an allocation as one for all, and syncs warps.
+    # Each kind of barrier by itself: between one of an allocation and the next the compiler syncs all warps.
     full = barriers(STAGES, 1)
     empty = barriers(STAGES, 2)
     walk_full = barriers(STAGES, 1)
@@ -232,7 +232,22 @@ def sweep_program(  # noqa: PLR0915
 
     p_slots = p_carry + i_place.to(gl.int64) * (K * BV)
     p_ready = p_progress + 1 + i_place
-    buffers = (keys, queries, values, scores, out, partial, decays, full, empty, walk_full, walk_empty, scored, exchanged, answer_decays)
+    buffers = (
+        keys,
+        queries,
+        values,
+        scores,
+        out,
+        partial,
+        decays,
+        answer_decays,
+        full,
+        empty,
+        walk_full,
+        walk_empty,
+        scored,
+        exchanged,
+    )
     sequence = (slope, n_chunks, length)
     way = (walk_begin, walk_end, first, end, column)
     place = (i_segment, n_segments, segment_chunks, segments, heads)
@@ -245,8 +260,44 @@ def sweep_program(  # noqa: PLR0915
     memory = (past, present, stores_state, p_slots, p_ready)
     gl.warp_specialize(
         [
-            (own, (0, buffers, sequence, way, place, output, memory, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
-            (own, (1, buffers, sequence, way, place, output, memory, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+            (
+                own,
+                (
+                    0,
+                    buffers,
+                    sequence,
+                    way,
+                    place,
+                    output,
+                    memory,
+                    reverse,
+                    K,
+                    V,
+                    PARTS,
+                    REVERSE,
+                    HANDOVER,
+                    STORE_STATE,
+                ),
+            ),
+            (
+                own,
+                (
+                    1,
+                    buffers,
+                    sequence,
+                    way,
+                    place,
+                    output,
+                    memory,
+                    reverse,
+                    K,
+                    V,
+                    PARTS,
+                    REVERSE,
+                    HANDOVER,
+                    STORE_STATE,
+                ),
+            ),
             (prepare, (buffers, sequence, way, query, key, value, reverse, K, V, PARTS, REVERSE)),
         ],
         [4, 4],

@@ -129,9 +129,7 @@ def sweep_tile(K: int, V: int, activation: Activation, capability: int) -> Sweep
     )
 
 
-def sweep_plan(
-    tiles: Sequence[SweepTile], heads: int, V: int, T: int, processors: int
-) -> tuple[SweepTile, SweepPlan]:
+def sweep_plan(tiles: Sequence[SweepTile], heads: int, V: int, T: int, processors: int) -> tuple[SweepTile, SweepPlan]:
     """Choose among tiles, and cut T tokens of `heads` = B * H heads with V columns for a device of `processors`."""
     _, tile, plan = min(
         ((cost, tile, plan) for tile in tiles for cost, plan in _plans(tile, heads, V, T, processors)),

@@ -6,11 +6,11 @@ from itertools import product
 
 import pytest
 
+from tests.plugins.fake import COSTS
 from tnllm_export.kernels.lightning_attention.step_kernel import step_tile
 from tnllm_export.kernels.lightning_attention.sweep_plan import SweepTile, sweep_plan
 from tnllm_export.plugins.library import SOURCES
 from tnllm_export.plugins.table import TABLE, write_table
-from tests.plugins.fake import COSTS
 
 SHIM = """
 #include "plan.h"

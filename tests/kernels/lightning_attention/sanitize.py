@@ -36,12 +36,12 @@ def main() -> None:
     architecture = capability(torch.device("cuda", torch.cuda.current_device()))
     sizes = ((128, 128), (256, 128), (48, 80))
     for (name, dtype), (K, V), (handover, segments) in product(DTYPES.items(), sizes, PLANS.items()):
-        tile = sweep_tile(K, V, name, architecture)  # type: ignore[arg-type]
-        chunks = 10
-        arguments = inputs(3, tile.chunk * chunks - 5, 1, K, V, dtype)
-        plan = SweepPlan(handover, segments)
         tiles = hopper_tiles(K, V, name) if architecture == 90 else ()  # type: ignore[arg-type]
-        for tile, reverse in product(tiles or (tile,), (False, True)):
+        tiles = tiles or (sweep_tile(K, V, name, architecture),)  # type: ignore[arg-type]
+        chunks = 10
+        arguments = inputs(3, tiles[0].chunk * chunks - 5, 1, K, V, dtype)
+        plan = SweepPlan(handover, segments)
+        for tile, reverse in product(tiles, (False, True)):
             output, state = torch.empty_like(arguments[2]), torch.empty_like(arguments[4])
             sweep(*arguments, output, state, reverse=reverse, tile=tile, plan=plan)
             torch.cuda.synchronize()
