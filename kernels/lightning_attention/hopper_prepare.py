@@ -95,10 +95,11 @@ def _prepare(
     valid = gl.maximum(length, 1)
     memory = (query, key, value, valid)
     # A map takes most of a microsecond. Meanwhile the first chunk comes into L2, and maps that a walk needs go first.
-    start = chunk_start(gl.where(walk_begin < walk_end, walk_end - 1, first), n_chunks, REVERSE)
-    _prefetch(key, start, valid, 0, K)
-    _prefetch(value, start, valid, column, HALVES * HALF)
-    _prefetch(query, chunk_start(first, n_chunks, REVERSE), valid, 0, K)
+    if STAGES > 2:
+        start = chunk_start(gl.where(walk_begin < walk_end, walk_end - 1, first), n_chunks, REVERSE)
+        _prefetch(key, start, valid, 0, K)
+        _prefetch(value, start, valid, column, HALVES * HALF)
+        _prefetch(query, chunk_start(first, n_chunks, REVERSE), valid, 0, K)
     key = tma.make_tensor_descriptor(key[0], [valid, K], [key[1], 1], [C, KP], keys.layout)
     value = tma.make_tensor_descriptor(value[0], [valid, V], [value[1], 1], [C, HALF], values.layout)
     # From the last chunk to the first, which the answer then finds in L2.
