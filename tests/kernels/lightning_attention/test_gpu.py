@@ -209,6 +209,15 @@ def test_pieces_and_single_tokens_continue_each_other(on_gpu, relative_error):
     assert relative_error(carried, state) <= STATE
 
 
+def test_a_look_back_finds_its_counters_at_0_however_often_it_is_launched(on_gpu):
+    inputs = on_gpu(1, 4999, 4, 128, 128)
+    expected, state = lightning_attention(*inputs)
+    for _ in range(70):
+        output, again = lightning_attention(*inputs)
+        assert torch.equal(output, expected)
+        assert torch.equal(again, state)
+
+
 def test_a_row_gives_the_same_alone_and_in_a_batch_with_padding(on_gpu, relative_error):
     query, key, value, slope_rate, past_state, _ = on_gpu(4, 2048, 4, 128, 128)
     lengths = torch.tensor([2048, 1000, 1, 65], dtype=torch.int32, device="cuda")
