@@ -31,8 +31,7 @@ class SweepTile:
     answer_cost: float = 1.0
     """Time of a chunk with its output, relative to that of other tiles for the same heads."""
     handover_cost: float = 2.5
-    """Time, in chunks with their output, that goes by until each of four segments has the states before it; measured for
-    `sweep_hopper.py`."""
+    """Time, in chunks with their output, that goes by until each of four segments has the states before it."""
     long_segment: int = 128
     """Segments are cut in two where the halves have so many chunks: heads that remember long walk theirs twice, and
     then delay the end less."""
@@ -52,8 +51,8 @@ class SweepPlan:
 
 
 WALK_COST = 0.37
-"""Time of a chunk that is walked without output, relative to one with output: 0.77 to 2.1 µs for `sweep_hopper.py` on an
-H200. The portable kernel is cut by the same number, which was not measured for it."""
+"""Time of a chunk that is walked without output, relative to one with output: 0.77 to 2.1 µs for `sweep_hopper.py` on
+an H200. The portable kernel is cut by the same number, which was not measured for it."""
 
 RECOMPUTE_CHUNKS = 256
 """A segment of a call of up to so many chunks may walk all before it again. Later, few heads remember the beginning."""
