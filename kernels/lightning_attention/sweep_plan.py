@@ -152,8 +152,9 @@ def _plans(tile: SweepTile, heads: int, V: int, T: int, processors: int) -> Iter
     left = 1.0 - WALK_COST
     for segments in range(2, min(slots // columns, chunks) + 1):
         left *= 1.0 - WALK_COST
-        if chunks <= RECOMPUTE_CHUNKS:
-            # Each is so much shorter than the one before that all end at once.
+        # Each is so much shorter than the one before that all end at once, and the last one still half a chunk long.
+        last = chunks * WALK_COST * left / ((1.0 - left) * (1.0 - WALK_COST))
+        if chunks <= RECOMPUTE_CHUNKS and last >= 0.5:
             yield cost * WALK_COST / (1.0 - left), SweepPlan("recompute", segments)
         shared = cost * (1.0 + WALK_COST) / segments
         yield shared + tile.answer_cost * tile.handover_cost * (4 + segments) / 8.0, SweepPlan("lookback", segments)

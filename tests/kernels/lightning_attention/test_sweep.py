@@ -7,7 +7,13 @@ pytest.importorskip("triton")
 
 from tnllm_export.kernels.lightning_attention.chunk import sweep
 from tnllm_export.kernels.lightning_attention.reference import lightning_attention_reference
-from tnllm_export.kernels.lightning_attention.sweep_plan import SweepPlan, SweepTile, sweep_plan
+from tnllm_export.kernels.lightning_attention.sweep_plan import (
+    RECOMPUTE_CHUNKS,
+    WALK_COST,
+    SweepPlan,
+    SweepTile,
+    sweep_plan,
+)
 
 # The interpreter computes with numpy, which warns of what is masked afterwards.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
@@ -147,3 +153,7 @@ def test_a_plan_has_no_more_segments_than_chunks_or_room(T, columns):
     _, plan = sweep_plan([tile], columns, 32, T, processors=132)
     assert 1 <= plan.segments <= min(-(-T // 32), 4 * 132)
     assert (plan.handover == "none") == (plan.segments == 1)
+    if plan.handover == "recompute":
+        left = (1 - WALK_COST) ** plan.segments
+        assert -(-T // 32) * WALK_COST * left / (1 - WALK_COST) / (1 - left) >= 0.5
+        assert T <= 32 * RECOMPUTE_CHUNKS
