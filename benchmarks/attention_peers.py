@@ -37,8 +37,8 @@ class Prepared:
             return self.run(*self.leaves)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
-        """Run it and return the output and the gradients of query, key and value."""
-        output, _ = self.run(*self.leaves)
+        """Run it and return the output and the gradients of query, key and value; nobody keeps a state."""
+        output = self.run(*self.leaves)[0]
         return output, *torch.autograd.grad(output, self.leaves, self.grad_output)
 
     def results(self) -> Results:
