@@ -57,12 +57,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
 @gluon.jit
 def own(
     owner,
-    buffers,
-    sequence,
-    way,
-    place,
-    output,
-    memory,
+    task,
     reverse,
     K: gl.constexpr,
     V: gl.constexpr,
@@ -78,22 +73,17 @@ def own(
     """
     if REVERSE is None:
         if reverse:
-            _own(owner, buffers, sequence, way, place, output, memory, K, V, PARTS, True, HANDOVER, STORE_STATE)
+            _own(owner, task, K, V, PARTS, True, HANDOVER, STORE_STATE)
         else:
-            _own(owner, buffers, sequence, way, place, output, memory, K, V, PARTS, False, HANDOVER, STORE_STATE)
+            _own(owner, task, K, V, PARTS, False, HANDOVER, STORE_STATE)
     else:
-        _own(owner, buffers, sequence, way, place, output, memory, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)
+        _own(owner, task, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)
 
 
 @gluon.jit
 def _own(  # noqa: PLR0912, PLR0915
     owner,
-    buffers,
-    sequence,
-    way,
-    place,
-    output,
-    memory,
+    task,
     K: gl.constexpr,
     V: gl.constexpr,
     PARTS: gl.constexpr,
@@ -101,8 +91,9 @@ def _own(  # noqa: PLR0912, PLR0915
     HANDOVER: gl.constexpr,
     STORE_STATE: gl.constexpr,
 ):
-    KP: gl.constexpr = K // PARTS
+    buffers, sequence, way, place, output, memory = task
     STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
+    KP: gl.constexpr = K // PARTS
     BV: gl.constexpr = halves_of(PARTS) * HALF
     half = owner if PARTS == 1 else 0
     part = 0 if PARTS == 1 else owner

@@ -39,7 +39,7 @@ from tnllm_export.kernels.lightning_attention.arithmetic import (
 )
 from tnllm_export.kernels.lightning_attention.sweep_plan import WALK_COST
 
-SHORTER = tl.constexpr(math.log2(1 - WALK_COST))  # of how much each recomputing segment is shorter than the last
+SHORTER = tl.constexpr(math.log2(1 - WALK_COST))  # log2 of a recomputing segment's length by that before it
 NEGLIGIBLE = tl.constexpr(40.0)  # exp(-40) is 4e-18: what has decayed so far is not looked at
 
 
