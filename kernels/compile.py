@@ -26,9 +26,8 @@ from tnllm_export.kernels.lightning_attention.sweep_plan import (
     WALK_COST,
     Activation,
     Handover,
-    hopper_tiles,
     key_block,
-    sweep_tile,
+    sweep_tiles,
 )
 from tnllm_export.progress import Progress, silent
 
@@ -97,8 +96,7 @@ def compile_table(
 
 def _chunk_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Variant]:
     activation = cast(Activation, dtype)
-    tiles = hopper_tiles(K, V, activation) if capability == 90 else ()
-    for tile, handover in product(tiles or (sweep_tile(K, V, activation, capability),), get_args(Handover)):
+    for tile, handover in product(sweep_tiles(K, V, activation, capability), get_args(Handover)):
         yield {
             "op": LIGHTNING_ATTENTION.onnx_name,
             "compute_capability": capability,

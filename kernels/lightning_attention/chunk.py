@@ -36,6 +36,7 @@ from tnllm_export.kernels.lightning_attention.sweep_plan import (
     key_block,
     sweep_plan,
     sweep_tile,
+    sweep_tiles,
 )
 
 _ACTIVATIONS: dict[torch.dtype, Activation] = {
@@ -233,9 +234,12 @@ def _cut(
 ) -> _Cut:
     B, T, H, K = shape
     activation = _ACTIVATIONS[dtype]
-    on_hopper = capability(device) == 90 and _hopper_kernel() is not None
-    tiles = (hopper_tiles(K, V, activation) if on_hopper else ()) if tile is None else (tile,)
-    tiles = tiles or (sweep_tile(K, V, activation, capability(device)),)
+    if tile is not None:
+        tiles: tuple[SweepTile, ...] = (tile,)
+    elif capability(device) == 90 and _hopper_kernel() is None:
+        tiles = (sweep_tile(K, V, activation, 90),)
+    else:
+        tiles = sweep_tiles(K, V, activation, capability(device))
     tile, chosen = sweep_plan(tiles, B * H, V, T, processors(device))
     plan = plan or chosen
     columns = B * H * -(-V // tile.value_block)

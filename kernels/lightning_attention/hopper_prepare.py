@@ -46,45 +46,23 @@ ANSWER_AHEAD = gl.constexpr(1)
 
 
 @gluon.jit
-def prepare(
-    buffers,
-    sequence,
-    way,
-    query,
-    key,
-    value,
-    reverse,
-    K: gl.constexpr,
-    V: gl.constexpr,
-    PARTS: gl.constexpr,
-    REVERSE: gl.constexpr,
-):
+def prepare(task, reverse, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     """Bring the chunks of a walk, then what the owners need to answer the queries of a segment.
 
     `reverse` counts where REVERSE is None.
     """
     if REVERSE is None:
         if reverse:
-            _prepare(buffers, sequence, way, query, key, value, K, V, PARTS, True)
+            _prepare(task, K, V, PARTS, True)
         else:
-            _prepare(buffers, sequence, way, query, key, value, K, V, PARTS, False)
+            _prepare(task, K, V, PARTS, False)
     else:
-        _prepare(buffers, sequence, way, query, key, value, K, V, PARTS, REVERSE)
+        _prepare(task, K, V, PARTS, REVERSE)
 
 
 @gluon.jit
-def _prepare(
-    buffers,
-    sequence,
-    way,
-    query,
-    key,
-    value,
-    K: gl.constexpr,
-    V: gl.constexpr,
-    PARTS: gl.constexpr,
-    REVERSE: gl.constexpr,
-):
+def _prepare(task, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+    buffers, sequence, way, query, key, value = task
     keys = buffers[AT_KEYS]
     values = buffers[AT_VALUES]
     slope, n_chunks, length = sequence

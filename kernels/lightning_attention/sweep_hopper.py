@@ -258,12 +258,13 @@ def sweep_program(  # noqa: PLR0915
     past = (past[0] + batch * past[1] + head * past[2], past[3], past[4])
     present = (present[0] + batch * present[1] + head * present[2], present[3], present[4])
     memory = (past, present, stores_state, p_slots, p_ready)
-    task = (buffers, sequence, way, place, output, memory)
+    answering = (buffers, sequence, way, place, output, memory)
+    preparing = (buffers, sequence, way, query, key, value)
     gl.warp_specialize(
         [
-            (own, (0, task, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
-            (own, (1, task, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
-            (prepare, (buffers, sequence, way, query, key, value, reverse, K, V, PARTS, REVERSE)),
+            (own, (0, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+            (own, (1, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+            (prepare, (preparing, reverse, K, V, PARTS, REVERSE)),
         ],
         [4, 4],
         [OWNER_REGISTERS, PREPARE_REGISTERS],

@@ -84,8 +84,14 @@ def hopper_tiles(K: int, V: int, activation: Activation) -> tuple[SweepTile, ...
     return tuple(tile for tile in tiles if V % tile.value_block == 0)
 
 
+def sweep_tiles(K: int, V: int, activation: Activation, capability: int) -> tuple[SweepTile, ...]:
+    """Return the tiles that a plan may choose among on compute capability `capability` (90 for 9.0)."""
+    tiles = hopper_tiles(K, V, activation) if capability == 90 else ()
+    return tiles or (sweep_tile(K, V, activation, capability),)
+
+
 def sweep_tile(K: int, V: int, activation: Activation, capability: int) -> SweepTile:
-    """Return the tile for head sizes K and V on compute capability `capability` (90 for 9.0).
+    """Return the tile of `sweep.py` for head sizes K and V on compute capability `capability` (90 for 9.0).
 
     Sizes for 9.0 were measured. Others are the largest that the compiler fits into registers and shared memory.
     """

@@ -55,31 +55,22 @@ int32_t bestCapability(Call const& call, int32_t capability) noexcept
     return best;
 }
 
-double leftAfter(int64_t segments) noexcept
+// Chunks of the last segment of a recomputing call. `left` is 1 - kWalkCost to the power of segments.
+double lastSegment(int64_t chunks, double left) noexcept
 {
-    double left = 1.0;
-    for (int64_t i = 0; i < segments; ++i) {
-        left *= 1.0 - kWalkCost;
-    }
-    return left;
-}
-
-// Whether each segment of a recomputing call has half a chunk at least.
-bool isWorthIt(int64_t chunks, int64_t segments) noexcept
-{
-    double const left = leftAfter(segments);
-    return double(chunks) * kWalkCost * left / ((1.0 - left) * (1.0 - kWalkCost)) >= 0.5;
+    return double(chunks) * kWalkCost * left / ((1.0 - left) * (1.0 - kWalkCost));
 }
 
 // As `_plans` in sweep_plan.py: about how long a call takes if it is cut so, in the same order of arithmetic.
-double costOf(Kernel const& kernel, int64_t chunks, int64_t columns, int64_t slots, int64_t segments) noexcept
+double costOf(
+    Kernel const& kernel, int64_t chunks, int64_t columns, int64_t slots, int64_t segments, double left) noexcept
 {
     double const cost = kernel.answerCost * double(chunks);
     if (kernel.handover == Handover::none) {
         return cost * double(ceilDiv(columns, slots));
     }
     if (kernel.handover == Handover::recompute) {
-        return cost * kWalkCost / (1.0 - leftAfter(segments));
+        return cost * kWalkCost / (1.0 - left);
     }
     double const shared = cost * (1.0 + kWalkCost) / double(segments);
     return shared + kernel.answerCost * kernel.handoverCost * double(4 + segments) / 8.0;
@@ -103,11 +94,13 @@ bool chooseChunk(Call const& call, int32_t capability, int32_t processors, Plan&
             continue;
         }
         int64_t const most = cut ? std::min(slots / columns, chunks) : 1;
+        double left = 1.0 - kWalkCost;
         for (int64_t segments = cut ? 2 : 1; segments <= most; ++segments) {
-            if (kernel.handover == Handover::recompute && !isWorthIt(chunks, segments)) {
+            left *= 1.0 - kWalkCost;
+            if (kernel.handover == Handover::recompute && lastSegment(chunks, left) < 0.5) {
                 break;
             }
-            double const cost = costOf(kernel, chunks, columns, slots, segments);
+            double const cost = costOf(kernel, chunks, columns, slots, segments, left);
             if (plan.kernel == nullptr || cost < least) {
                 least = cost;
                 bool const isLong = kernel.handover == Handover::lookback

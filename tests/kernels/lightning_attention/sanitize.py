@@ -15,7 +15,7 @@ import torch
 from tnllm_export.kernels.lightning_attention import lightning_attention, lightning_attention_step
 from tnllm_export.kernels.lightning_attention.chunk import sweep
 from tnllm_export.kernels.lightning_attention.launch import capability
-from tnllm_export.kernels.lightning_attention.sweep_plan import Handover, SweepPlan, hopper_tiles, sweep_tile
+from tnllm_export.kernels.lightning_attention.sweep_plan import Handover, SweepPlan, sweep_tiles
 
 PLANS: dict[Handover, int] = {"none": 1, "recompute": 3, "lookback": 5}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,8 +36,7 @@ def main() -> None:
     architecture = capability(torch.device("cuda", torch.cuda.current_device()))
     sizes = ((128, 128), (256, 128), (48, 80))
     for (name, dtype), (K, V), (handover, segments) in product(DTYPES.items(), sizes, PLANS.items()):
-        tiles = hopper_tiles(K, V, name) if architecture == 90 else ()  # type: ignore[arg-type]
-        tiles = tiles or (sweep_tile(K, V, name, architecture),)  # type: ignore[arg-type]
+        tiles = sweep_tiles(K, V, name, architecture)  # type: ignore[arg-type]
         chunks = 10
         arguments = inputs(3, tiles[0].chunk * chunks - 5, 1, K, V, dtype)
         plan = SweepPlan(handover, segments)
