@@ -58,7 +58,7 @@ def lightning_attention(
         output [B, T, H, V] in the activations' dtype, and present_state [B, H, K, V] float32 (float64).
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: A shape or a device does not fit.
         TypeError: A dtype does not fit.
     """
     query, key, value = _autocast(query, key, value)
@@ -92,7 +92,7 @@ def lightning_attention_step(
         output [B, H, V] in the activations' dtype, and present_state [B, H, K, V] float32 (float64).
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: A shape or a device does not fit.
         TypeError: A dtype does not fit.
     """
     query, key, value = _autocast(query, key, value)
@@ -116,7 +116,7 @@ def lightning_attention_step_in_place(
         state: [B, H, K, V] float32 (float64), contiguous; read and written.
 
     Raises:
-        ValueError: A shape does not fit, or the state is not contiguous.
+        ValueError: A shape or a device does not fit, or the state is not contiguous.
         TypeError: A dtype does not fit.
     """
     check_step_inputs(query, key, value, slope_rate, state)

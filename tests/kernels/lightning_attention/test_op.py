@@ -159,6 +159,8 @@ def test_ops_keep_the_rules_of_torch_library(chunk_inputs, step_inputs):
         (5, torch.zeros(2, dtype=torch.int64), "lengths is torch.int64; expected torch.int32"),
         (1, torch.zeros(2, 5, 2, 16, dtype=torch.float16), "key is torch.float16"),
         (4, torch.zeros(2, 2, 16, 16, dtype=torch.float16), "past_state is torch.float16"),
+        (4, torch.zeros(2, 2, 16, 16, device="meta"), "past_state is on meta; expected cpu like query"),
+        (5, torch.zeros(2, dtype=torch.int32, device="meta"), "lengths is on meta; expected cpu like query"),
     ],
 )
 def test_inputs_that_break_the_contract_are_named(chunk_inputs, index, replacement, message):
