@@ -23,7 +23,6 @@ from tnllm_export.kernels.contract import LIGHTNING_ATTENTION, LIGHTNING_ATTENTI
 from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_blocks, tile_of_block
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
     RECOMPUTE_CHUNKS,
-    WALK_COST,
     Activation,
     Handover,
     key_block,
@@ -88,7 +87,6 @@ def compile_table(
     progress("compiling kernels", len(variants), len(variants))
     return KernelTable(
         kernels=tuple(kernels),
-        walk_cost=WALK_COST,
         recompute_chunks=RECOMPUTE_CHUNKS,
         step_programs=STEP_PROGRAMS,
     )
@@ -109,6 +107,7 @@ def _chunk_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Var
             "handover": handover,
             "programs_per_processor": tile.programs_per_processor,
             "answer_cost": tile.answer_cost,
+            "walk_cost": tile.walk_cost,
             "handover_cost": tile.handover_cost,
             "long_segment": tile.long_segment,
             "warps": tile.warps + tile.further_warps,
@@ -134,6 +133,7 @@ def _step_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Vari
             "handover": "none",
             "programs_per_processor": 1,
             "answer_cost": 1.0,
+            "walk_cost": 1.0,
             "handover_cost": 0.0,
             "long_segment": 1,
             "warps": tile_of_block(block).warps,

@@ -50,6 +50,7 @@ class CompiledKernel:
         handover: How segments of tokens get their state; "none" for the step.
         programs_per_processor: By which segments are counted.
         answer_cost: Time of a chunk with its output, relative to that of other tiles for the same sizes.
+        walk_cost: Time of a chunk without output, in chunks with it.
         handover_cost: Time of a hand-over among four segments, in chunks with their output.
         long_segment: Chunks from which on segments are cut: halves have so many.
         entry: The kernel's symbol in the cubin.
@@ -73,6 +74,7 @@ class CompiledKernel:
     handover: Literal["none", "recompute", "lookback"]
     programs_per_processor: int
     answer_cost: float
+    walk_cost: float
     handover_cost: float
     long_segment: int
     entry: str
@@ -90,12 +92,10 @@ class KernelTable:
 
     Attributes:
         kernels: At least the handover "none" for each op, dtype, K, V and compute capability.
-        walk_cost: `sweep_plan.WALK_COST`.
         recompute_chunks: `sweep_plan.RECOMPUTE_CHUNKS`.
         step_programs: `step_plan.STEP_PROGRAMS`.
     """
 
     kernels: tuple[CompiledKernel, ...]
-    walk_cost: float
     recompute_chunks: int
     step_programs: int

@@ -62,7 +62,6 @@ def _lines(table: KernelTable, offsets: dict[bytes, int], code: Path) -> Iterabl
     yield "};\n"
     yield f"extern int32_t const kKernelCount = {len(table.kernels)};\n"
     yield "extern unsigned char const* const kCubins = tnllm_cubins;\n"
-    yield f"extern double const kWalkCost = {table.walk_cost!r};\n"
     yield f"extern int32_t const kRecomputeChunks = {table.recompute_chunks};\n"
     yield f"extern int64_t const kStepPrograms = {table.step_programs};\n\n"
     yield "}  // namespace tnllm\n"
@@ -74,7 +73,8 @@ def _fields(kernel: CompiledKernel, offset: int, place: int) -> Iterable[str]:
     yield f"Dtype::{kernel.dtype}"
     yield from map(str, (kernel.key_dim, kernel.value_dim, kernel.key_block, kernel.value_block, kernel.chunk))
     yield f"Handover::{kernel.handover}"
-    yield from map(repr, (kernel.programs_per_processor, kernel.answer_cost, kernel.handover_cost, kernel.long_segment))
+    yield from map(repr, (kernel.programs_per_processor, kernel.answer_cost, kernel.walk_cost))
+    yield from map(repr, (kernel.handover_cost, kernel.long_segment))
     yield f'"{kernel.entry}"'
     yield from map(str, (offset, 32 * kernel.warps, kernel.shared_bytes))
     yield from map(str, (kernel.scratch_bytes, max(kernel.scratch_alignment, 1)))

@@ -1,4 +1,4 @@
-"""What the modules of the Hopper sweep share: sizes, and the arithmetic of `arithmetic.py` and `sweep.py` in Gluon."""
+"""What the modules of the Hopper sweep share: the arithmetic of `arithmetic.py` and `sweep.py` in Gluon."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -7,51 +7,17 @@ import math
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tnllm_export.kernels.lightning_attention.sweep_plan import WALK_COST
+from tnllm_export.kernels.lightning_attention.hopper_buffers import C
+from tnllm_export.kernels.lightning_attention.sweep_plan import WALK_COST, WIDE_WALK_COST
 
 # triton 3.7 renamed it.
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
-C = gl.constexpr(64)  # tokens per chunk
-HALF = gl.constexpr(64)  # columns of the state that one group of warps owns
-SCORE_STAGES = gl.constexpr(2)  # chunks whose scores have one
-OUT_STAGES = gl.constexpr(2)  # chunks whose output has one
 LOG2_E = gl.constexpr(1.4426950408889634)
 SLOW_RATE = gl.constexpr(0.6931471805599453)
 FACTORED_RATE = gl.constexpr(1.0)  # up to it, a chunk's decay and its inverse are far from the ends of float32
 POSTPONED = gl.constexpr(16.0)  # log2 of the decay of a state that is not applied yet, at most
 NEGLIGIBLE = gl.constexpr(40.0)  # as in `sweep.py`
-SHORTER = gl.constexpr(math.log2(1 - WALK_COST))  # as in `sweep.py`
-
-# Places in the tuple of all buffers in shared memory.
-AT_KEYS = gl.constexpr(0)
-AT_QUERIES = gl.constexpr(1)
-AT_VALUES = gl.constexpr(2)
-AT_SCORES = gl.constexpr(3)
-AT_OUT = gl.constexpr(4)
-AT_PARTIAL = gl.constexpr(5)
-AT_DECAYS = gl.constexpr(6)  # of values, until a chunk's end
-AT_ANSWER_DECAYS = gl.constexpr(7)
-# Barriers: buffers that are filled or free, by chunk; the same during a walk; what is prepared; an output that lacks
-# the other owner's part.
-AT_FULL = gl.constexpr(8)
-AT_EMPTY = gl.constexpr(9)
-AT_WALK_FULL = gl.constexpr(10)
-AT_WALK_EMPTY = gl.constexpr(11)
-AT_SCORED = gl.constexpr(12)
-AT_EXCHANGED = gl.constexpr(13)
-
-
-@gluon.constexpr_function
-def stages_of(K):
-    """Chunks whose queries, keys and values have a buffer."""
-    return 3 if K <= 128 else 2
-
-
-@gluon.constexpr_function
-def halves_of(PARTS):
-    """Blocks of HALF columns that a program owns."""
-    return 2 if PARTS == 1 else 1
 
 
 @gluon.jit
@@ -111,9 +77,16 @@ def decay_factors(rate):
     return gl.where(slow, 1.0, 0.0), change
 
 
+@gluon.constexpr_function
+def shorter(K):
+    """As `sweep.SHORTER`, for K keys."""
+    return math.log2(1 - (WALK_COST if K <= 128 else WIDE_WALK_COST))
+
+
 @gluon.jit
-def recomputing(i_segment, segments, n_chunks):
+def recomputing(i_segment, segments, n_chunks, K: gl.constexpr):
     """As `sweep._recomputing`."""
+    SHORTER: gl.constexpr = shorter(K)
     share = (1.0 - gl.exp2(i_segment * SHORTER)) / (1.0 - gl.exp2(segments * SHORTER))
     return (n_chunks * share + 0.5).to(gl.int32)
 

@@ -17,33 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
-    AT_ANSWER_DECAYS,
-    AT_DECAYS,
-    AT_EMPTY,
-    AT_EXCHANGED,
-    AT_FULL,
-    AT_KEYS,
-    AT_OUT,
-    AT_PARTIAL,
-    AT_QUERIES,
-    AT_SCORED,
-    AT_SCORES,
-    AT_VALUES,
-    AT_WALK_EMPTY,
-    AT_WALK_FULL,
     FACTORED_RATE,
-    HALF,
     LOG2_E,
     NEGLIGIBLE,
-    OUT_STAGES,
-    SCORE_STAGES,
-    C,
     barrier,
     chunk_start,
     decay_factors,
     decayed,
     decays_now,
-    halves_of,
     progression,
     scaled_parts,
     split,
@@ -51,6 +32,31 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     upper_half,
     upper_part,
     wait_for,
+)
+from tnllm_export.kernels.lightning_attention.hopper_buffers import (
+    AT_ANSWER_DECAYS,
+    AT_ASKED,
+    AT_DECAYS,
+    AT_EMPTY,
+    AT_EXCHANGED,
+    AT_FULL,
+    AT_OUT,
+    AT_PARTIAL,
+    AT_SCORED,
+    AT_TILES,
+    AT_WALK_EMPTY,
+    AT_WALK_FULL,
+    HALF,
+    OUT_STAGES,
+    SCORE_STAGES,
+    C,
+    halves_of,
+    key_tile,
+    query_tile,
+    score_tile,
+    stages_of,
+    value_tile,
+    walk_stages_of,
 )
 
 
@@ -92,7 +98,7 @@ def _own(  # noqa: PLR0912, PLR0915
     STORE_STATE: gl.constexpr,
 ):
     buffers, sequence, way, place, output, memory = task
-    STAGES: gl.constexpr = buffers[AT_KEYS].shape[0] // PARTS
+    STAGES: gl.constexpr = stages_of(K)
     KP: gl.constexpr = K // PARTS
     BV: gl.constexpr = halves_of(PARTS) * HALF
     half = owner if PARTS == 1 else 0
@@ -110,8 +116,8 @@ def _own(  # noqa: PLR0912, PLR0915
     p_past = p_past_state + k_index[None, :] * past_stride_k + v_index[:, None] * past_stride_v
 
     p_output, output_stride_t, T = output
-    values = buffers[AT_VALUES]
-    output = tma.make_tensor_descriptor(p_output, [T, V], [output_stride_t, 1], [C, HALF], values.layout)
+    layout: gl.constexpr = buffers[AT_TILES].layout
+    output = tma.make_tensor_descriptor(p_output, [T, V], [output_stride_t, 1], [C, HALF], layout)
 
     # Padding: this owner's share of the chunks without a valid token.
     padding = (T + C - 1) // C - n_chunks
@@ -154,6 +160,7 @@ def _own(  # noqa: PLR0912, PLR0915
             gl.atomic_add(p_ready + i_segment * heads, 1, sem="release")
     # What the walk took is free. Not earlier: copies would be in the way of what others wait for.
     for stage in gl.static_range(STAGES):
+        _release_queries(buffers, stage, STAGES)
         mbarrier.arrive(buffers[AT_EMPTY].index(stage), count=1)
     if HANDOVER == "lookback":
         state = before
@@ -208,17 +215,12 @@ def _answer(  # noqa: PLR0912, PLR0915
     the decay from an earlier chunk's start, and the state decay at some chunks only, by all that it has missed.
     Else each score is multiplied by its own d_i / d_j, which never overflows, and the state decays at each chunk.
     """
-    keys = buffers[AT_KEYS]
-    queries = buffers[AT_QUERIES]
-    values = buffers[AT_VALUES]
-    scores = buffers[AT_SCORES]
     out = buffers[AT_OUT]
     partial = buffers[AT_PARTIAL]
     decays = buffers[AT_DECAYS]
     answer_decays = buffers[AT_ANSWER_DECAYS]
     slope, n_chunks, length = sequence
-    STAGES: gl.constexpr = keys.shape[0] // PARTS
-    HALVES: gl.constexpr = halves_of(PARTS)
+    STAGES: gl.constexpr = stages_of(state.shape[1] * PARTS)
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
     decayed_operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
@@ -228,12 +230,12 @@ def _answer(  # noqa: PLR0912, PLR0915
         stage = n % STAGES
         t0 = chunk_start(i, n_chunks, REVERSE)
         count = gl.minimum(length - t0, C)
-        k = keys.index(stage * PARTS + part)
-        q = queries.index(stage * PARTS + part).permute((1, 0))
-        v = values.index(stage * HALVES + half).permute((1, 0))
+        k = key_tile(buffers, stage, part, PARTS)
+        q = query_tile(buffers, stage, part, PARTS).permute((1, 0))
+        v = value_tile(buffers, stage, half, PARTS).permute((1, 0))
         # Two owners of the same columns take one part of the scores each.
-        first_scores = scores.index(n % SCORE_STAGES * 2 + part)
-        second_scores = scores.index(n % SCORE_STAGES * 2 + 1)
+        first_scores = score_tile(buffers, n, part)
+        second_scores = score_tile(buffers, n, 1)
 
         mbarrier.wait(buffers[AT_FULL].index(stage), (n // STAGES) & 1)
         # The second part is made while the first one's product runs.
@@ -245,6 +247,7 @@ def _answer(  # noqa: PLR0912, PLR0915
         mbarrier.wait(buffers[AT_SCORED].index(n % SCORE_STAGES), (n // SCORE_STAGES) & 1)
         if not FACTORED:
             o, high, low = warpgroup_mma_wait(0, deps=(o, high, low))
+            _release_queries(buffers, stage, STAGES)
             # Computed anew for each chunk (count is always positive): registers are scarcer than exponentials.
             rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
             if REVERSE:
@@ -268,6 +271,7 @@ def _answer(  # noqa: PLR0912, PLR0915
         decay_low = decays.index(n % SCORE_STAGES * 2 + 1).load(gl.SliceLayout(0, decayed_operand))
         if FACTORED:
             o, high, low = warpgroup_mma_wait(3 - PARTS, deps=(o, high, low))
+            _release_queries(buffers, stage, STAGES)
         upper, lower = scaled_parts(rows, decay_high[None, :], decay_low[None, :])
         state = warpgroup_mma(upper, k, state, is_async=True)
         state = warpgroup_mma(lower, k, state, is_async=True)
@@ -297,6 +301,14 @@ def _answer(  # noqa: PLR0912, PLR0915
         mbarrier.arrive(buffers[AT_EMPTY].index(stage), count=1)
     tma.store_wait(0)
     return state
+
+
+@gluon.jit
+def _release_queries(buffers, stage, STAGES: gl.constexpr):
+    """Let further queries come into this stage before the rest of its chunk has been used (`hopper_load.load`)."""
+    if STAGES == 2:
+        barrier()
+        mbarrier.arrive(buffers[AT_ASKED].index(stage), count=1)
 
 
 @gluon.jit
@@ -359,11 +371,8 @@ def _walk(
 
     No output: one long sum of values that decay until the end, in any order; see `hopper_prepare.py` for this one.
     """
-    keys = buffers[AT_KEYS]
-    values = buffers[AT_VALUES]
     slope, n_chunks, length = sequence
-    STAGES: gl.constexpr = keys.shape[0] // PARTS
-    HALVES: gl.constexpr = halves_of(PARTS)
+    STAGES: gl.constexpr = walk_stages_of(state.shape[1] * PARTS)
     operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
     # First and last token.
     if REVERSE:
@@ -384,11 +393,12 @@ def _walk(
             exponent = gl.minimum(progression(rate * (high - t0), -rate, operand), 0.0)
         decay_high, decay_low = split(gl.exp2(exponent))
         mbarrier.wait(buffers[AT_WALK_FULL].index(stage), (n // STAGES) & 1)
-        v = values.index(stage * HALVES + half).permute((1, 0))
+        k = key_tile(buffers, stage, part, PARTS)
+        v = value_tile(buffers, stage, half, PARTS).permute((1, 0))
         upper, lower = scaled_parts(v.load(operand), decay_high[None, :], decay_low[None, :])
         # The operands of a product stay where they are until it is done.
-        sum_ = warpgroup_mma(upper, keys.index(stage * PARTS + part), state, is_async=True)
-        sum_ = warpgroup_mma(lower, keys.index(stage * PARTS + part), sum_, is_async=True)
+        sum_ = warpgroup_mma(upper, k, state, is_async=True)
+        sum_ = warpgroup_mma(lower, k, sum_, is_async=True)
         state, upper, lower = warpgroup_mma_wait(0, deps=(sum_, upper, lower))
         # Every warp is done with the buffers.
         barrier()

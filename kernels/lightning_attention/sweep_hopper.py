@@ -19,23 +19,26 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
+from tnllm_export.kernels.lightning_attention.hopper_arithmetic import NEGLIGIBLE, barrier, recomputing
+from tnllm_export.kernels.lightning_attention.hopper_buffers import (
     HALF,
-    NEGLIGIBLE,
     OUT_STAGES,
     SCORE_STAGES,
     C,
-    barrier,
     halves_of,
-    recomputing,
     stages_of,
+    walk_stages_of,
 )
+from tnllm_export.kernels.lightning_attention.hopper_load import load
 from tnllm_export.kernels.lightning_attention.hopper_own import own
-from tnllm_export.kernels.lightning_attention.hopper_prepare import prepare
+from tnllm_export.kernels.lightning_attention.hopper_prepare import prepare, score
 
 # 168 for each thread are there at the start; the owners need more, who prepares does with less.
 OWNER_REGISTERS = gl.constexpr(208)
 PREPARE_REGISTERS = gl.constexpr(88)
+# With a fourth group there are 128 for each thread.
+SCORE_REGISTERS = gl.constexpr(72)
+LOAD_REGISTERS = gl.constexpr(24)
 
 
 # One variant for all numbers of tokens and heads.
@@ -171,11 +174,12 @@ def sweep_program(  # noqa: PLR0915
     """
     KP: gl.constexpr = K // PARTS
     STAGES: gl.constexpr = stages_of(K)
+    WALK_STAGES: gl.constexpr = walk_stages_of(K)
     HALVES: gl.constexpr = halves_of(PARTS)
     BV: gl.constexpr = HALVES * HALF
     NV: gl.constexpr = V // BV
     row_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, KP], gl.bfloat16)
-    value_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, HALF], gl.bfloat16)
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, HALF], gl.bfloat16)
 
     heads = gl.num_programs(0)
     segments = gl.num_programs(1)
@@ -196,8 +200,8 @@ def sweep_program(  # noqa: PLR0915
     walk_end = first
     if HANDOVER == "recompute":
         n_segments = segments
-        first = recomputing(i_segment, segments, n_chunks)
-        end = recomputing(i_segment + 1, segments, n_chunks)
+        first = recomputing(i_segment, segments, n_chunks, K)
+        end = recomputing(i_segment + 1, segments, n_chunks, K)
         wanted = (first < end) | (i_segment == segments - 1)
         walk_begin = gl.where(wanted, gl.maximum(first - remembered, 0), first)
         walk_end = first
@@ -209,12 +213,10 @@ def sweep_program(  # noqa: PLR0915
     batch = i_b.to(gl.int64)
     head = i_h.to(gl.int64)
 
-    keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PARTS, C, KP], row_tile)
-    queries = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PARTS, C, KP], row_tile)
-    values = gl.allocate_shared_memory(gl.bfloat16, [STAGES * HALVES, C, HALF], value_tile)
-    scores = gl.allocate_shared_memory(gl.bfloat16, [SCORE_STAGES * 2, C, C], value_tile)
-    out = gl.allocate_shared_memory(gl.bfloat16, [OUT_STAGES * HALVES, C, HALF], value_tile)
-    # What one owner has of an output, for the other; nothing where their columns differ.
+    rows = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES * PARTS, C, KP], row_tile)
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES * HALVES + SCORE_STAGES * 2, C, HALF], tile)
+    out = gl.allocate_shared_memory(gl.bfloat16, [OUT_STAGES * HALVES, C, HALF], tile)
+    # Nothing where the owners' columns differ.
     partial = gl.allocate_shared_memory(
         gl.float32, [HALF if PARTS == 2 else 1, C if PARTS == 2 else 1], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     )
@@ -223,20 +225,19 @@ def sweep_program(  # noqa: PLR0915
     # Each kind of barrier by itself: between one of an allocation and the next the compiler syncs all warps.
     full = barriers(STAGES, 1)
     empty = barriers(STAGES, 2)
-    walk_full = barriers(STAGES, 1)
-    walk_empty = barriers(STAGES, 2)
+    walk_full = barriers(WALK_STAGES, 1)
+    walk_empty = barriers(WALK_STAGES, 2)
     scored = barriers(SCORE_STAGES, 1)
     exchanged = barriers(1, 1)
+    asked = barriers(STAGES if STAGES == 2 else 1, 2)
     fence_async_shared()
     barrier()
 
     p_slots = p_carry + i_place.to(gl.int64) * (K * BV)
     p_ready = p_progress + 1 + i_place
     buffers = (
-        keys,
-        queries,
-        values,
-        scores,
+        rows,
+        tiles,
         out,
         partial,
         decays,
@@ -247,6 +248,7 @@ def sweep_program(  # noqa: PLR0915
         walk_empty,
         scored,
         exchanged,
+        asked,
     )
     sequence = (slope, n_chunks, length)
     way = (walk_begin, walk_end, first, end, column)
@@ -259,13 +261,26 @@ def sweep_program(  # noqa: PLR0915
     present = (present[0] + batch * present[1] + head * present[2], present[3], present[4])
     memory = (past, present, stores_state, p_slots, p_ready)
     answering = (buffers, sequence, way, place, output, memory)
-    preparing = (buffers, sequence, way, query, key, value)
-    gl.warp_specialize(
-        [
-            (own, (0, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
-            (own, (1, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
-            (prepare, (preparing, reverse, K, V, PARTS, REVERSE)),
-        ],
-        [4, 4],
-        [OWNER_REGISTERS, PREPARE_REGISTERS],
-    )
+    scoring = (buffers, sequence, way)
+    preparing = scoring + (query, key, value)  # noqa: RUF005
+    if STAGES > 2:
+        gl.warp_specialize(
+            [
+                (own, (0, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+                (own, (1, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+                (prepare, (preparing, reverse, K, V, PARTS, REVERSE)),
+            ],
+            [4, 4],
+            [OWNER_REGISTERS, PREPARE_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (own, (0, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+                (own, (1, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+                (score, (scoring, reverse, PARTS, REVERSE)),
+                (load, (preparing, reverse, K, V, PARTS, REVERSE)),
+            ],
+            [4, 4, 1],
+            [OWNER_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS],
+        )

@@ -13,6 +13,17 @@ Kernel = Literal["portable", "hopper"]
 """`sweep.py` or `sweep_hopper.py`."""
 
 
+WALK_COST = 0.37
+"""Time of a chunk that is walked without output, relative to one with output: 0.77 to 2.1 µs for `sweep_hopper.py` on
+an H200. The portable kernel is cut by the same number, which was not measured for it."""
+
+WIDE_WALK_COST = 0.31
+"""The same for `sweep_hopper.py` with more than 128 keys."""
+
+RECOMPUTE_CHUNKS = 256
+"""A segment of a call of up to so many chunks may walk all before it again. Later, few heads remember the beginning."""
+
+
 @dataclass(frozen=True)
 class SweepTile:
     """Compile-time sizes of one kernel variant."""
@@ -30,6 +41,8 @@ class SweepTile:
     """Programs that a multiprocessor holds at once: by it, segments are counted."""
     answer_cost: float = 1.0
     """Time of a chunk with its output, relative to that of other tiles for the same heads."""
+    walk_cost: float = WALK_COST
+    """Time of a chunk without output, in chunks with it."""
     handover_cost: float = 2.5
     """Time, in chunks with their output, that goes by until each of four segments has the states before it."""
     long_segment: int = 128
@@ -50,13 +63,6 @@ class SweepPlan:
     segments: int
 
 
-WALK_COST = 0.37
-"""Time of a chunk that is walked without output, relative to one with output: 0.77 to 2.1 µs for `sweep_hopper.py` on
-an H200. The portable kernel is cut by the same number, which was not measured for it."""
-
-RECOMPUTE_CHUNKS = 256
-"""A segment of a call of up to so many chunks may walk all before it again. Later, few heads remember the beginning."""
-
 _HOPPER_TILE = SweepTile(
     chunk=64,
     value_block=128,
@@ -76,10 +82,21 @@ def hopper_tiles(K: int, V: int, activation: Activation) -> tuple[SweepTile, ...
         return ()
     # Half of the columns: more programs to walk a short sequence, which take more than half of the time.
     narrow = replace(_HOPPER_TILE, value_block=64, parts=2, answer_cost=0.71, handover_cost=5.4)
+    # Two chunks have buffers, so a warp of its own starts the copies; warps come in groups of four.
+    tall = replace(
+        narrow,
+        stages=2,
+        state_stages=4,
+        further_warps=12,
+        answer_cost=1.0,
+        walk_cost=WIDE_WALK_COST,
+        handover_cost=3.4,
+        long_segment=64,
+    )
     tiles = {
         64: (_HOPPER_TILE,),
         128: (_HOPPER_TILE, narrow),
-        256: (replace(narrow, stages=2, state_stages=2, answer_cost=1.0, handover_cost=3.4, long_segment=64),),
+        256: (tall,),
     }[K]
     return tuple(tile for tile in tiles if V % tile.value_block == 0)
 
@@ -155,14 +172,15 @@ def _plans(tile: SweepTile, heads: int, V: int, T: int, processors: int) -> Iter
     slots = processors * tile.programs_per_processor
     cost = tile.answer_cost * chunks
     yield cost * -(-columns // slots), SweepPlan("none", 1)
-    left = 1.0 - WALK_COST
+    walk = tile.walk_cost
+    left = 1.0 - walk
     for segments in range(2, min(slots // columns, chunks) + 1):
-        left *= 1.0 - WALK_COST
+        left *= 1.0 - walk
         # Each is so much shorter than the one before that all end at once, and the last one still half a chunk long.
-        last = chunks * WALK_COST * left / ((1.0 - left) * (1.0 - WALK_COST))
+        last = chunks * walk * left / ((1.0 - left) * (1.0 - walk))
         if chunks <= RECOMPUTE_CHUNKS and last >= 0.5:
-            yield cost * WALK_COST / (1.0 - left), SweepPlan("recompute", segments)
-        shared = cost * (1.0 + WALK_COST) / segments
+            yield cost * walk / (1.0 - left), SweepPlan("recompute", segments)
+        shared = cost * (1.0 + walk) / segments
         yield shared + tile.answer_cost * tile.handover_cost * (4 + segments) / 8.0, SweepPlan("lookback", segments)
 
 

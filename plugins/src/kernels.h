@@ -33,7 +33,7 @@ struct Kernel {
     int32_t K, V, BK, BV, C;
     Handover handover;
     int32_t programsPerProcessor;
-    double answerCost, handoverCost;
+    double answerCost, walkCost, handoverCost;
     int32_t longSegment;
     char const* entry;
     size_t cubinOffset;
@@ -48,7 +48,6 @@ struct Kernel {
 extern Kernel const kKernels[];
 extern int32_t const kKernelCount;
 extern unsigned char const* const kCubins;
-extern double const kWalkCost;
 extern int32_t const kRecomputeChunks;
 extern int64_t const kStepPrograms;
 

@@ -55,10 +55,10 @@ int32_t bestCapability(Call const& call, int32_t capability) noexcept
     return best;
 }
 
-// Chunks of the last segment of a recomputing call. `left` is 1 - kWalkCost to the power of segments.
-double lastSegment(int64_t chunks, double left) noexcept
+// Chunks of the last segment of a recomputing call. `left` is 1 - walk to the power of segments.
+double lastSegment(int64_t chunks, double walk, double left) noexcept
 {
-    return double(chunks) * kWalkCost * left / ((1.0 - left) * (1.0 - kWalkCost));
+    return double(chunks) * walk * left / ((1.0 - left) * (1.0 - walk));
 }
 
 // As `_plans` in sweep_plan.py: about how long a call takes if it is cut so, in the same order of arithmetic.
@@ -70,9 +70,9 @@ double costOf(
         return cost * double(ceilDiv(columns, slots));
     }
     if (kernel.handover == Handover::recompute) {
-        return cost * kWalkCost / (1.0 - left);
+        return cost * kernel.walkCost / (1.0 - left);
     }
-    double const shared = cost * (1.0 + kWalkCost) / double(segments);
+    double const shared = cost * (1.0 + kernel.walkCost) / double(segments);
     return shared + kernel.answerCost * kernel.handoverCost * double(4 + segments) / 8.0;
 }
 
@@ -94,10 +94,10 @@ bool chooseChunk(Call const& call, int32_t capability, int32_t processors, Plan&
             continue;
         }
         int64_t const most = cut ? std::min(slots / columns, chunks) : 1;
-        double left = 1.0 - kWalkCost;
+        double left = 1.0 - kernel.walkCost;
         for (int64_t segments = cut ? 2 : 1; segments <= most; ++segments) {
-            left *= 1.0 - kWalkCost;
-            if (kernel.handover == Handover::recompute && lastSegment(chunks, left) < 0.5) {
+            left *= 1.0 - kernel.walkCost;
+            if (kernel.handover == Handover::recompute && lastSegment(chunks, kernel.walkCost, left) < 0.5) {
                 break;
             }
             double const cost = costOf(kernel, chunks, columns, slots, segments, left);

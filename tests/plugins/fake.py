@@ -6,7 +6,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from tnllm_export.kernels.compiled import CompiledKernel, KernelTable
-from tnllm_export.kernels.lightning_attention.sweep_plan import RECOMPUTE_CHUNKS, WALK_COST
+from tnllm_export.kernels.lightning_attention.sweep_plan import RECOMPUTE_CHUNKS
 from tnllm_export.plugins.library import build_library
 
 CAPABILITIES = (80, 86, 120)
@@ -15,6 +15,9 @@ HEAD_SIZES = ((32, 16), (16, 16), (96, 48), (48, 48))
 
 COSTS = {48: 1.0, 16: 0.5}
 """Time of a chunk by the columns of a program."""
+
+WALKS = {48: 0.4, 16: 0.3}
+"""Of one that is walked."""
 
 CHUNK_ARGUMENTS = (
     *("query", "key", "value", "slope_rate", "past_state", "lengths", "output", "present_state", "carry", "progress"),
@@ -34,7 +37,7 @@ def fake_table() -> KernelTable:
             kernels.append(fake("LightningAttention", capability, dtype, K, V, block, 64, handover, CHUNK_ARGUMENTS))
         for block in (16, 32, 64):
             kernels.append(fake("LightningAttentionStep", capability, dtype, K, V, block, 1, "none", STEP_ARGUMENTS))
-    return KernelTable(tuple(kernels), walk_cost=WALK_COST, recompute_chunks=RECOMPUTE_CHUNKS, step_programs=16)
+    return KernelTable(tuple(kernels), recompute_chunks=RECOMPUTE_CHUNKS, step_programs=16)
 
 
 def fake(op, capability, dtype, K, V, block, chunk, handover, arguments) -> CompiledKernel:
@@ -50,6 +53,7 @@ def fake(op, capability, dtype, K, V, block, chunk, handover, arguments) -> Comp
         handover=handover,
         programs_per_processor=2,
         answer_cost=COSTS.get(block, 1.0),
+        walk_cost=WALKS.get(block, 1.0),
         handover_cost=3.0,
         long_segment=100,
         entry=f"{op}_{handover}_{block}",

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from tests.plugins.fake import COSTS
+from tests.plugins.fake import COSTS, WALKS
 from tnllm_export.kernels.lightning_attention.step_kernel import step_tile
 from tnllm_export.kernels.lightning_attention.sweep_plan import SweepTile, sweep_plan
 from tnllm_export.plugins.library import SOURCES
@@ -82,6 +82,7 @@ def test_the_chunk_op_is_cut_as_triton_cuts_it(plans, processors, capability, bl
             state_stages=1,
             programs_per_processor=2,
             answer_cost=COSTS[block],
+            walk_cost=WALKS[block],
             handover_cost=3.0,
             long_segment=100,
         )

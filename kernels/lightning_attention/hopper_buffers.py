@@ -1,0 +1,72 @@
+"""What lies in shared memory while `sweep_hopper.py` runs, and how much of it."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+C = gl.constexpr(64)  # tokens per chunk
+HALF = gl.constexpr(64)  # columns of the state that one group of warps owns
+SCORE_STAGES = gl.constexpr(2)  # chunks whose scores have buffers
+OUT_STAGES = gl.constexpr(2)  # chunks whose output has one
+
+# Places in the tuple of all buffers.
+AT_ROWS = gl.constexpr(0)  # [C, K / PARTS] each: keys of all stages, then queries
+AT_TILES = gl.constexpr(1)  # [C, 64] each: values of all stages, then scores in two parts
+AT_OUT = gl.constexpr(2)
+AT_PARTIAL = gl.constexpr(3)  # what one owner has of an output, for the other
+AT_DECAYS = gl.constexpr(4)  # of values, until a chunk's end
+AT_ANSWER_DECAYS = gl.constexpr(5)
+# Barriers: buffers that are filled or free, by chunk; the same during a walk; what is prepared; an output that lacks
+# the other owner's part; queries alone that are free, where a warp waits for them.
+AT_FULL = gl.constexpr(6)
+AT_EMPTY = gl.constexpr(7)
+AT_WALK_FULL = gl.constexpr(8)
+AT_WALK_EMPTY = gl.constexpr(9)
+AT_SCORED = gl.constexpr(10)
+AT_EXCHANGED = gl.constexpr(11)
+AT_ASKED = gl.constexpr(12)
+
+
+@gluon.constexpr_function
+def stages_of(K):
+    """Chunks whose queries, keys and values have buffers."""
+    return 3 if K <= 128 else 2
+
+
+@gluon.constexpr_function
+def halves_of(PARTS):
+    """Blocks of HALF columns that a program owns."""
+    return 2 if PARTS == 1 else 1
+
+
+@gluon.constexpr_function
+def walk_stages_of(K):
+    """Chunks of a walk that have buffers. Where two are too few, keys have those of queries, too, values of scores."""
+    return 3 if K <= 128 else 4
+
+
+@gluon.jit
+def key_tile(buffers, stage, part, PARTS: gl.constexpr):
+    """Keys of a stage, [C, K / PARTS]."""
+    return buffers[AT_ROWS].index(stage * PARTS + part)
+
+
+@gluon.jit
+def query_tile(buffers, stage, part, PARTS: gl.constexpr):
+    """Queries of a stage, [C, K / PARTS]."""
+    STAGES: gl.constexpr = buffers[AT_ROWS].shape[0] // (2 * PARTS)
+    return buffers[AT_ROWS].index((STAGES + stage) * PARTS + part)
+
+
+@gluon.jit
+def value_tile(buffers, stage, half, PARTS: gl.constexpr):
+    """Values of a stage, [C, HALF]."""
+    return buffers[AT_TILES].index(stage * halves_of(PARTS) + half)
+
+
+@gluon.jit
+def score_tile(buffers, n, part):
+    """One of two parts of the n-th chunk's scores, [C, C]."""
+    FIRST: gl.constexpr = buffers[AT_TILES].shape[0] - 2 * SCORE_STAGES
+    return buffers[AT_TILES].index(FIRST + n % SCORE_STAGES * 2 + part)
