@@ -74,7 +74,7 @@ def check_chunk_inputs(
     _check_shape("lengths", lengths, (B,))
     if lengths.dtype != torch.int32:
         raise TypeError(f"lengths is {lengths.dtype}; expected torch.int32")
-    _check_device("lengths", lengths, query)
+    _check_device("lengths", lengths, query.device)
     _check_state_and_dtypes(query, key, value, slope_rate, past_state, (B, H, K, V))
 
 
@@ -99,9 +99,9 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}")
 
 
-def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
-    if tensor.device != query.device:
-        raise ValueError(f"{name} is on {tensor.device}; expected {query.device} like query")
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {device} like query")
 
 
 def _check_state_and_dtypes(
@@ -118,5 +118,6 @@ def _check_state_and_dtypes(
     for name, tensor in (("slope_rate", slope_rate), ("past_state", past_state)):
         if tensor.dtype != accumulator:
             raise TypeError(f"{name} is {tensor.dtype}; expected {accumulator} beside {query.dtype} activations")
+    device = query.device
     for name, tensor in (("key", key), ("value", value), ("slope_rate", slope_rate), ("past_state", past_state)):
-        _check_device(name, tensor, query)
+        _check_device(name, tensor, device)

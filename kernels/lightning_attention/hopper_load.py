@@ -52,20 +52,20 @@ def _load(task, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: 
     walk_begin, walk_end, first, end, column = way
     key = key_map(key, buffers, length, K)
     value = value_map(value, buffers, length, V)
-    for n in range(walk_end - walk_begin):
-        copy_walked(key, value, buffers, n, chunk_start(walk_end - 1 - n, n_chunks, REVERSE), column, PARTS)
+    copy_walk(key, value, buffers, n_chunks, walk_begin, walk_end, column, PARTS, REVERSE)
     query = key_map(query, buffers, length, K)
     STAGES: gl.constexpr = stages_of(K)
     for i in range(first, end):
         n = i - first
         stage = n % STAGES
         t0 = chunk_start(i, n_chunks, REVERSE)
+        # The owners are done with queries before they are with the rest of a chunk.
         mbarrier.wait(buffers[AT_ASKED].index(stage), (n // STAGES) & 1)
-        expect_chunk(key, value, buffers, stage, PARTS, True)
-        copy_rows(query, buffers, stage, t0, PARTS, True, True)
+        _expect_chunk(key, value, buffers, stage, PARTS)
+        _copy_rows(query, buffers, stage, t0, True, PARTS)
         mbarrier.wait(buffers[AT_EMPTY].index(stage), (n // STAGES) & 1)
-        copy_rows(key, buffers, stage, t0, PARTS, False, True)
-        copy_columns(value, buffers, stage, t0, column, PARTS, True)
+        _copy_rows(key, buffers, stage, t0, False, PARTS)
+        _copy_values(value, buffers, stage, t0, column, PARTS)
 
 
 @gluon.jit
@@ -84,8 +84,15 @@ def value_map(memory, buffers, length, V: gl.constexpr):
 
 
 @gluon.jit
-def copy_walked(key, value, buffers, n, t0, column, PARTS: gl.constexpr):
-    """Start to copy the n-th chunk of a walk when its buffers are free."""
+def copy_walk(key, value, buffers, n_chunks, walk_begin, walk_end, column, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+    """Start to copy the chunks of a walk, from the last one to the first, which the answer then finds in L2."""
+    for n in range(walk_end - walk_begin):
+        _copy_walked(key, value, buffers, n, chunk_start(walk_end - 1 - n, n_chunks, REVERSE), column, PARTS)
+
+
+@gluon.jit
+def _copy_walked(key, value, buffers, n, t0, column, PARTS: gl.constexpr):
+    """Start to copy the n-th chunk of a walk when it has free buffers."""
     HALVES: gl.constexpr = halves_of(PARTS)
     KP: gl.constexpr = key.block_type.shape[1]
     STAGES: gl.constexpr = walk_stages_of(KP * PARTS)
@@ -101,15 +108,25 @@ def copy_walked(key, value, buffers, n, t0, column, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def expect_chunk(key, value, buffers, stage, PARTS: gl.constexpr, wanted):
+def copy_chunk(maps, buffers, stage, t0, column, PARTS: gl.constexpr, wanted):
+    """Start to copy the chunk from token t0 on, if it is wanted, into the buffers of a stage, which are free."""
+    query, key, value = maps
+    _expect_chunk(key, value, buffers, stage, PARTS, wanted)
+    _copy_rows(key, buffers, stage, t0, False, PARTS, wanted)
+    _copy_rows(query, buffers, stage, t0, True, PARTS, wanted)
+    _copy_values(value, buffers, stage, t0, column, PARTS, wanted)
+
+
+@gluon.jit
+def _expect_chunk(key, value, buffers, stage, PARTS: gl.constexpr, wanted=True):
     """Let a stage be full when the queries, keys and values of a chunk have come."""
     nbytes: gl.constexpr = key.block_type.nbytes * 2 * PARTS + value.block_type.nbytes * halves_of(PARTS)
     mbarrier.expect(buffers[AT_FULL].index(stage), nbytes, pred=wanted)
 
 
 @gluon.jit
-def copy_rows(rows, buffers, stage, t0, PARTS: gl.constexpr, QUERIES: gl.constexpr, wanted):
-    """Start to copy a chunk's queries, or its keys, into the buffers of a stage."""
+def _copy_rows(rows, buffers, stage, t0, QUERIES: gl.constexpr, PARTS: gl.constexpr, wanted=True):
+    """Start to copy a chunk's queries, or else its keys."""
     KP: gl.constexpr = rows.block_type.shape[1]
     full = buffers[AT_FULL].index(stage)
     for part in gl.static_range(PARTS):
@@ -118,22 +135,12 @@ def copy_rows(rows, buffers, stage, t0, PARTS: gl.constexpr, QUERIES: gl.constex
 
 
 @gluon.jit
-def copy_columns(value, buffers, stage, t0, column, PARTS: gl.constexpr, wanted):
-    """Start to copy a chunk's values, as far as this program has their columns, into the buffers of a stage."""
+def _copy_values(value, buffers, stage, t0, column, PARTS: gl.constexpr, wanted=True):
+    """Start to copy a chunk's values, as far as this program has their columns."""
     full = buffers[AT_FULL].index(stage)
     for half in gl.static_range(halves_of(PARTS)):
         buffer = value_tile(buffers, stage, half, PARTS)
         tma.async_copy_global_to_shared(value, [t0, column + half * HALF], full, buffer, pred=wanted)
-
-
-@gluon.jit
-def copy_chunk(maps, buffers, stage, t0, column, PARTS: gl.constexpr, wanted):
-    """Start to copy the chunk from token t0 on, if it is wanted, into the buffers of a stage, which are free."""
-    query, key, value = maps
-    expect_chunk(key, value, buffers, stage, PARTS, wanted)
-    copy_rows(key, buffers, stage, t0, PARTS, False, wanted)
-    copy_rows(query, buffers, stage, t0, PARTS, True, wanted)
-    copy_columns(value, buffers, stage, t0, column, PARTS, wanted)
 
 
 @gluon.jit

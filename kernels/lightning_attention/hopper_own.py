@@ -369,7 +369,7 @@ def _walk(
 ):
     """Return the state after chunk `end`, from that before chunk `origin`; what comes before `begin` is forgotten.
 
-    No output: one long sum of values that decay until the end, in any order; see `hopper_prepare.py` for this one.
+    No output: one long sum of values that decay until the end, in any order; see `hopper_load.copy_walk` for this one.
     """
     slope, n_chunks, length = sequence
     STAGES: gl.constexpr = walk_stages_of(state.shape[1] * PARTS)

@@ -41,7 +41,7 @@ from tnllm_export.kernels.lightning_attention.hopper_buffers import (
 )
 from tnllm_export.kernels.lightning_attention.hopper_load import (
     copy_chunk,
-    copy_walked,
+    copy_walk,
     key_map,
     prefetch,
     value_map,
@@ -87,9 +87,7 @@ def _prepare(task, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERS
     prefetch(query, chunk_start(first, n_chunks, REVERSE), length, 0, K)
     key = key_map(key, buffers, length, K)
     value = value_map(value, buffers, length, V)
-    # From the last chunk to the first, which the answer then finds in L2.
-    for n in range(walk_end - walk_begin):
-        copy_walked(key, value, buffers, n, chunk_start(walk_end - 1 - n, n_chunks, REVERSE), column, PARTS)
+    copy_walk(key, value, buffers, n_chunks, walk_begin, walk_end, column, PARTS, REVERSE)
     query = key_map(query, buffers, length, K)
     maps = (query, key, value)
     STAGES: gl.constexpr = stages_of(K)

@@ -10,7 +10,7 @@ memory only. Two of them own 64 columns of the state each, in registers (`hopper
 
 and the third prepares for both (`hopper_prepare.py`): it starts the copies and makes the scores, up to two chunks
 ahead. So the tensor cores have work while a group computes. Where K is 256 the two own 128 rows each of the same 64
-columns, and one adds to its part of an output what the other has.
+columns, one adds to its part of an output what the other has, and a further warp starts the copies (`hopper_load.py`).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -36,7 +36,7 @@ from tnllm_export.kernels.lightning_attention.hopper_prepare import prepare, sco
 # 168 for each thread are there at the start; the owners need more, who prepares does with less.
 OWNER_REGISTERS = gl.constexpr(208)
 PREPARE_REGISTERS = gl.constexpr(88)
-# With a fourth group there are 128 for each thread.
+# With a fourth group, of which one warp works, 128 are there.
 SCORE_REGISTERS = gl.constexpr(72)
 LOAD_REGISTERS = gl.constexpr(24)
 

@@ -74,12 +74,14 @@ def test_hopper_has_its_own_kernel_for_the_released_head_sizes():
 
 def test_the_plan_and_the_kernel_for_hopper_name_the_same_sizes():
     hopper = pytest.importorskip("tnllm_export.kernels.lightning_attention.hopper_buffers")
+    arithmetic = pytest.importorskip("tnllm_export.kernels.lightning_attention.hopper_arithmetic")
     tiles = {(K, tile.parts): tile for K in (64, 128, 256) for tile in hopper_tiles(K, 128, "bfloat16")}
     assert set(tiles) == {(64, 1), (128, 1), (128, 2), (256, 2)}
     for (K, parts), tile in tiles.items():
         assert tile.chunk == hopper.C.value
         assert tile.value_block == hopper.halves_of(parts) * hopper.HALF.value
         assert (tile.stages, tile.state_stages) == (hopper.stages_of(K), hopper.walk_stages_of(K))
+        assert 1 - 2 ** arithmetic.shorter(K) == pytest.approx(tile.walk_cost)
 
 
 def test_missing_triton_and_unknown_architectures_are_named(monkeypatch):
