@@ -2,10 +2,10 @@
 
 On the GPU machine (the counters need no particular clock):
 
-    ncu --clock-control none --set full -k regex:sweep -c 3 --csv --page raw python -m benchmarks.profile > FILE.csv
+    ncu --clock-control none --set full -k regex:sweep -c 5 --csv --page raw python -m benchmarks.profile > FILE.csv
 
-With no file, the module runs what is profiled: forwards over batches that fill the device, and over one long and
-one short sequence.
+With no file, the module runs what is profiled: forwards over batches that fill the device, over one long and two short
+sequences, and over one with the states of a layer with LRPE.
 """
 
 import csv
@@ -13,11 +13,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+from benchmarks.attention_cases import Shape
 from benchmarks.names import CHIP, PROFILE
 from benchmarks.records import RESULTS, Record, load, save
+from tnllm_export.kernels.lightning_attention import lightning_attention
 
-SHAPES = ((4, 32, 8192), (1, 32, 65536), (1, 32, 4096))
-"""B, H, T; K = V = 128, bfloat16."""
+SHAPES = (
+    Shape(4, 32, 8192),
+    Shape(1, 32, 65536),
+    Shape(1, 32, 4096),
+    Shape(1, 32, 1024),
+    Shape(1, 32, 16384, key_dim=256),
+)
+"""In bfloat16."""
 
 METRICS = {
     "gpu__time_duration.sum": "time",
@@ -55,20 +65,16 @@ def records(file: Path, versions: dict[str, str]) -> Iterator[Record]:
             if name in header:
                 place = header.index(name)
                 value = float(values[place].replace(",", ""))
-                case = ", ".join(str(size) for size in shape)
-                yield Record(PROFILE, case, label, units[place], value, versions=versions)
+                yield Record(PROFILE, str(shape), label, units[place], value, versions=versions)
 
 
 def run_shapes() -> None:
     """Run each shape's forward once: what the profiler looks at."""
-    import torch  # noqa: PLC0415
-
-    from tnllm_export.kernels.lightning_attention import lightning_attention  # noqa: PLC0415
-
-    for B, H, T in SHAPES:
-        query, key, value = (torch.randn(B, T, H, 128, device="cuda").bfloat16() for _ in range(3))
+    for shape in SHAPES:
+        B, H, T, K, V = shape.batch, shape.heads, shape.tokens, shape.key_dim, shape.value_dim
+        query, key, value = (torch.randn(B, T, H, size, device="cuda").bfloat16() for size in (K, K, V))
         slope_rate = torch.tensor([0.5 * 2 ** (-8 * (h + 1) / H) for h in range(H)], device="cuda")
-        past_state = torch.zeros(B, H, 128, 128, device="cuda")
+        past_state = torch.zeros(B, H, K, V, device="cuda")
         lengths = torch.full((B,), T, dtype=torch.int32, device="cuda")
         lightning_attention(query, key, value, slope_rate, past_state, lengths)
     torch.cuda.synchronize()
