@@ -21,6 +21,20 @@ NEGLIGIBLE = gl.constexpr(40.0)  # as in `sweep.py`
 
 
 @gluon.jit
+def in_direction(
+    run: gl.constexpr, task, reverse, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr
+):
+    """Call `run` for one direction. `reverse` counts where REVERSE is None: what runs is compiled for each."""
+    if REVERSE is None:
+        if reverse:
+            run(task, K, V, PARTS, True)
+        else:
+            run(task, K, V, PARTS, False)
+    else:
+        run(task, K, V, PARTS, REVERSE)
+
+
+@gluon.jit
 def decayed(state, rate):
     """As `arithmetic.decayed`."""
     keep, change = decay_factors(rate)

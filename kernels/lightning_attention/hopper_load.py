@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from tnllm_export.kernels.lightning_attention.hopper_arithmetic import chunk_start
+from tnllm_export.kernels.lightning_attention.hopper_arithmetic import chunk_start, in_direction
 from tnllm_export.kernels.lightning_attention.hopper_buffers import (
     AT_ASKED,
     AT_EMPTY,
@@ -32,17 +32,8 @@ from tnllm_export.kernels.lightning_attention.hopper_buffers import (
 
 @gluon.jit
 def load(task, reverse, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
-    """Bring the chunks of a walk, then those of a segment, each as soon as its buffers are free.
-
-    `reverse` counts where REVERSE is None.
-    """
-    if REVERSE is None:
-        if reverse:
-            _load(task, K, V, PARTS, True)
-        else:
-            _load(task, K, V, PARTS, False)
-    else:
-        _load(task, K, V, PARTS, REVERSE)
+    """Bring the chunks of a walk, then those of a segment, each as soon as its buffers are free."""
+    in_direction(_load, task, reverse, K, V, PARTS, REVERSE)
 
 
 @gluon.jit

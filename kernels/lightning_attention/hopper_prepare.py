@@ -21,6 +21,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     barrier,
     chunk_start,
     decays_now,
+    in_direction,
     split,
 )
 from tnllm_export.kernels.lightning_attention.hopper_buffers import (
@@ -50,29 +51,14 @@ from tnllm_export.kernels.lightning_attention.hopper_load import (
 
 @gluon.jit
 def prepare(task, reverse, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
-    """Bring the chunks of a walk, then what the owners need to answer the queries of a segment.
-
-    `reverse` counts where REVERSE is None.
-    """
-    if REVERSE is None:
-        if reverse:
-            _prepare(task, K, V, PARTS, True)
-        else:
-            _prepare(task, K, V, PARTS, False)
-    else:
-        _prepare(task, K, V, PARTS, REVERSE)
+    """Bring the chunks of a walk, then what the owners need to answer the queries of a segment."""
+    in_direction(_prepare, task, reverse, K, V, PARTS, REVERSE)
 
 
 @gluon.jit
-def score(task, reverse, PARTS: gl.constexpr, REVERSE: gl.constexpr):
-    """Make scores and decays of chunks that `hopper_load.load` brings. `reverse` counts where REVERSE is None."""
-    if REVERSE is None:
-        if reverse:
-            _score(task, PARTS, True)
-        else:
-            _score(task, PARTS, False)
-    else:
-        _score(task, PARTS, REVERSE)
+def score(task, reverse, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+    """Make scores and decays of chunks that `hopper_load.load` brings."""
+    in_direction(_score, task, reverse, K, V, PARTS, REVERSE)
 
 
 @gluon.jit
@@ -124,7 +110,7 @@ def _prepare_chunks(
 
 
 @gluon.jit
-def _score(task, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+def _score(task, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     _, sequence, _ = task
     if sequence[0] <= FACTORED_RATE:
         _score_chunks(task, PARTS, REVERSE, True)

@@ -278,7 +278,7 @@ def sweep_program(  # noqa: PLR0915
             [
                 (own, (0, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
                 (own, (1, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
-                (score, (scoring, reverse, PARTS, REVERSE)),
+                (score, (scoring, reverse, K, V, PARTS, REVERSE)),
                 (load, (preparing, reverse, K, V, PARTS, REVERSE)),
             ],
             [4, 4, 1],
