@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.attention_cases import Shape
+from benchmarks.attention_cases import Shape, make_inputs
 from benchmarks.names import CHIP, PROFILE
 from benchmarks.records import RESULTS, Record, load, save
 from tnllm_export.kernels.lightning_attention import lightning_attention
@@ -71,12 +71,9 @@ def records(file: Path, versions: dict[str, str]) -> Iterator[Record]:
 def run_shapes() -> None:
     """Run each shape's forward once: what the profiler looks at."""
     for shape in SHAPES:
-        B, H, T, K, V = shape.batch, shape.heads, shape.tokens, shape.key_dim, shape.value_dim
-        query, key, value = (torch.randn(B, T, H, size, device="cuda").bfloat16() for size in (K, K, V))
-        slope_rate = torch.tensor([0.5 * 2 ** (-8 * (h + 1) / H) for h in range(H)], device="cuda")
-        past_state = torch.zeros(B, H, K, V, device="cuda")
-        lengths = torch.full((B,), T, dtype=torch.int32, device="cuda")
-        lightning_attention(query, key, value, slope_rate, past_state, lengths)
+        inputs = make_inputs(shape, torch.bfloat16)
+        states = (inputs.slope_rate, inputs.past_state, inputs.lengths)
+        lightning_attention(inputs.query, inputs.key, inputs.value, *states)
     torch.cuda.synchronize()
 
 

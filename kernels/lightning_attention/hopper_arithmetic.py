@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from tnllm_export.kernels.lightning_attention.hopper_buffers import C
-from tnllm_export.kernels.lightning_attention.sweep_plan import WALK_COST, WIDE_WALK_COST
+from tnllm_export.kernels.lightning_attention.sweep_plan import TALL_WALK_COST, WALK_COST
 
 # triton 3.7 renamed it.
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -94,7 +94,7 @@ def decay_factors(rate):
 @gluon.constexpr_function
 def shorter(K):
     """As `sweep.SHORTER`, for K keys."""
-    return math.log2(1 - (WALK_COST if K <= 128 else WIDE_WALK_COST))
+    return math.log2(1 - (WALK_COST if K <= 128 else TALL_WALK_COST))
 
 
 @gluon.jit

@@ -17,7 +17,7 @@ WALK_COST = 0.37
 """Time of a chunk that is walked without output, relative to one with output: 0.77 to 2.1 µs for `sweep_hopper.py` on
 an H200. The portable kernel is cut by the same number, which was not measured for it."""
 
-WIDE_WALK_COST = 0.31
+TALL_WALK_COST = 0.31
 """The same for `sweep_hopper.py` with more than 128 keys."""
 
 RECOMPUTE_CHUNKS = 256
@@ -89,7 +89,7 @@ def hopper_tiles(K: int, V: int, activation: Activation) -> tuple[SweepTile, ...
         state_stages=4,
         further_warps=12,
         answer_cost=1.0,
-        walk_cost=WIDE_WALK_COST,
+        walk_cost=TALL_WALK_COST,
         handover_cost=3.4,
         long_segment=64,
     )
