@@ -23,7 +23,9 @@ _ALIGNED = [["tt.divisibility", 16]]
 
 def compile_variant(variant: dict[str, Any]) -> dict[str, Any]:
     """Compile one variant and return what `CompiledKernel` has besides."""
-    kernel, source_class, constants = _kernel(variant)
+    if variant["op"] == LIGHTNING_ATTENTION.onnx_name and variant["kernel"] == "hopper":
+        return _answer(*_compile_hopper(variant), variant)
+    kernel, constants = _kernel(variant)
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -36,15 +38,16 @@ def compile_variant(variant: dict[str, Any]) -> dict[str, Any]:
             signature[name] = "i64" if name.endswith("_stride_b") else "i32"
             if "stride" in name:  # rows of heads are multiples of 16
                 attributes[(index,)] = _ALIGNED
-    source = source_class(
-        kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes
-    )
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes)
     target = GPUTarget("cuda", variant["compute_capability"], 32)
     compiled = triton.compile(source, target=target, options={"num_warps": variant["compiled_warps"]})
-    metadata = compiled.metadata
     # Triton's own two come last.
     arguments = [name.removeprefix("p_") for name in signature if signature[name] != "constexpr"]
-    arguments += ["scratch", "profile_scratch"]
+    return _answer(compiled, [*arguments, "scratch", "profile_scratch"], variant)
+
+
+def _answer(compiled: Any, arguments: list[str], variant: dict[str, Any]) -> dict[str, Any]:
+    metadata = compiled.metadata
     _check(compiled.asm["ptx"], metadata, variant, len(arguments))
     return {
         "entry": metadata.name,
@@ -56,19 +59,21 @@ def compile_variant(variant: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _kernel(variant: dict[str, Any]) -> tuple[Any, type, dict[str, Any]]:
-    """Return the function, how its source is read, and its constants."""
+def _kernel(variant: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the function and its constants."""
     if variant["op"] != LIGHTNING_ATTENTION.onnx_name:
-        return step_kernel, ASTSource, _step_constants(variant)
-    if variant["kernel"] == "portable":
-        return sweep_kernel, ASTSource, _sizes(variant) | _chunk_constants(variant) | _tile_constants(variant)
-    # Gluon comes with this version of Triton or another one: only who needs it imports it.
-    from triton.experimental.gluon._runtime import GluonASTSource  # noqa: PLC0415
+        return step_kernel, _step_constants(variant)
+    return sweep_kernel, _sizes(variant) | _chunk_constants(variant) | _tile_constants(variant)
 
+
+def _compile_hopper(variant: dict[str, Any]) -> tuple[Any, list[str]]:
+    # Gluon comes with this version of Triton or another one: only who needs it imports it.
+    from tnllm_export.kernels.lightning_attention.hopper_launch import compile_hopper  # noqa: PLC0415
     from tnllm_export.kernels.lightning_attention.sweep_hopper import sweep_hopper_kernel  # noqa: PLC0415
 
     constants = _sizes(variant) | _chunk_constants(variant) | {"PARTS": variant["parts"]}
-    return sweep_hopper_kernel, GluonASTSource, constants
+    known = {name: value for name, value in constants.items() if name in sweep_hopper_kernel.arg_names}
+    return compile_hopper(sweep_hopper_kernel, known)
 
 
 def _pointer(name: str, dtype: str) -> str:

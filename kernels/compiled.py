@@ -22,6 +22,13 @@ POINTERS = (
 )
 """Arguments that are addresses. The last two are Triton's own, behind all others: global scratch and profiling."""
 
+MAPS = ("query_map", "key_map", "value_map", "output_map")
+"""Arguments that are tensor maps (CUtensorMap, 128 bytes) of bfloat16 activations [B, T, H, D]: dimensions from D to B,
+blocks of 64 columns and 64 tokens of one head, 128 bytes swizzled, 0 outside."""
+
+UNUSED = "unused"
+"""An argument of 64 bits or less that no kernel reads."""
+
 INTEGERS = (
     "T",
     "H",
@@ -59,8 +66,8 @@ class CompiledKernel:
         shared_bytes: Dynamic shared memory.
         scratch_bytes: Triton's global scratch per program, 0 without.
         scratch_alignment: Of it.
-        arguments: Names of all parameters that the compiled kernel has, in order, from `POINTERS` and `INTEGERS`;
-            those that were specialised away are left out.
+        arguments: Names of all parameters that the compiled kernel has, in order, from `POINTERS`, `MAPS`, `UNUSED` and
+            `INTEGERS`; those that were specialised away are left out.
     """
 
     op: str

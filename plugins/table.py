@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tnllm_export.kernels.compiled import INTEGERS, POINTERS, CompiledKernel, KernelTable
+from tnllm_export.kernels.compiled import INTEGERS, MAPS, POINTERS, UNUSED, CompiledKernel, KernelTable
 
 TABLE = "table.cpp"
 CODE = "kernels.bin"
@@ -38,7 +38,7 @@ def write_table(table: KernelTable, folder: Path) -> None:
     code = bytearray()
     offsets: dict[bytes, int] = {}
     for kernel in table.kernels:
-        unknown = [name for name in kernel.arguments if name not in (*POINTERS, *INTEGERS)]
+        unknown = [name for name in kernel.arguments if name not in (*POINTERS, *MAPS, UNUSED, *INTEGERS)]
         if unknown:
             raise ValueError(f"kernel {kernel.entry} has unknown arguments {unknown}; add them to kernels/compiled.py")
         if kernel.cubin not in offsets:

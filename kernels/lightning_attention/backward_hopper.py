@@ -12,37 +12,28 @@ from triton.experimental.gluon import language as gl
 from tnllm_export.kernels.lightning_attention.sweep_hopper import place_of_program, sweep_program
 
 
-@gluon.jit(do_not_specialize=("T", "H", "stores_grad_past"))
+@gluon.jit
 def backward_hopper_kernel(  # noqa: D103
-    p_query,
-    p_key,
-    p_value,
-    p_grad_output,
+    query,
+    key,
+    value,
+    grad_output,
+    grad_query,
+    grad_key,
+    grad_value,
+    p_grad_query,
+    p_grad_key,
+    p_grad_value,
     p_slope_rate,
     p_past_state,
     p_grad_state,
     p_lengths,
-    p_grad_query,
-    p_grad_key,
-    p_grad_value,
     p_grad_past,
     p_carry,
     p_progress,
     T,
     H,
     stores_grad_past,
-    query_stride_b,
-    query_stride_t,
-    query_stride_h,
-    key_stride_b,
-    key_stride_t,
-    key_stride_h,
-    value_stride_b,
-    value_stride_t,
-    value_stride_h,
-    grad_output_stride_b,
-    grad_output_stride_t,
-    grad_output_stride_h,
     past_stride_b,
     past_stride_h,
     past_stride_k,
@@ -61,41 +52,26 @@ def backward_hopper_kernel(  # noqa: D103
     columns = gl.num_programs(0) // SWEEPS
     i_sweep = i_place // columns
     if i_sweep == 0:
-        # dq: do, v, k; the state's transpose
-        p_asks, asks_b, asks_t, asks_h = p_grad_output, grad_output_stride_b, grad_output_stride_t, grad_output_stride_h
-        p_row, row_b, row_t, row_h = p_value, value_stride_b, value_stride_t, value_stride_h
-        p_column, column_b, column_t, column_h = p_key, key_stride_b, key_stride_t, key_stride_h
+        # the state's transpose
+        asks, row, column, answer = grad_output, value, key, grad_query
         p_answer = p_grad_query
         p_state, state_b, state_h = p_past_state, past_stride_b, past_stride_h
         state_k, state_v = past_stride_v, past_stride_k
     elif i_sweep == 1:
-        # dk: v, do, q; the transpose of the state's gradient
-        p_asks, asks_b, asks_t, asks_h = p_value, value_stride_b, value_stride_t, value_stride_h
-        p_row, row_b, row_t, row_h = p_grad_output, grad_output_stride_b, grad_output_stride_t, grad_output_stride_h
-        p_column, column_b, column_t, column_h = p_query, query_stride_b, query_stride_t, query_stride_h
+        # the transpose of the state's gradient
+        asks, row, column, answer = value, grad_output, query, grad_key
         p_answer = p_grad_key
         p_state, state_b, state_h = p_grad_state, grad_state_stride_b, grad_state_stride_h
         state_k, state_v = grad_state_stride_v, grad_state_stride_k
     else:
-        # dv: k, q, do; the state's gradient
-        p_asks, asks_b, asks_t, asks_h = p_key, key_stride_b, key_stride_t, key_stride_h
-        p_row, row_b, row_t, row_h = p_query, query_stride_b, query_stride_t, query_stride_h
-        p_column, column_b, column_t, column_h = (
-            p_grad_output,
-            grad_output_stride_b,
-            grad_output_stride_t,
-            grad_output_stride_h,
-        )
+        asks, row, column, answer = key, query, grad_output, grad_value
         p_answer = p_grad_value
         p_state, state_b, state_h = p_grad_state, grad_state_stride_b, grad_state_stride_h
         state_k, state_v = grad_state_stride_k, grad_state_stride_v
-    # Results are dense.
-    row = H * K
+    # Results are dense. With two sweeps, none of them writes columns of values.
     sweep_program(
-        (p_asks, asks_b, asks_t, asks_h),
-        (p_row, row_b, row_t, row_h),
-        (p_column, column_b, column_t, column_h),
-        (p_answer, row.to(gl.int64) * T, row, K),
+        (asks, row, column, answer),
+        (p_answer, H.to(gl.int64) * K * T, H * K, K),
         (p_state, state_b, state_h, state_k, state_v),
         (p_grad_past, H * (K * V), K * V, V, 1),
         (i_sweep == 2) & (stores_grad_past != 0),

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnllm_export.kernels.cuda_driver import TensorMap
+from tnllm_export.kernels.lightning_attention.hopper_launch import HopperLaunch, map_of
 from tnllm_export.kernels.lightning_attention.launch import (
     allocate_with_torch,
     capability,
@@ -143,7 +145,11 @@ def sweep(
         plan,
     )
     states = (slope_rate, past_state, lengths)
-    _launch(cut, (query, key, value, *states, output, present), (*states, present), past_state, lengths)
+    if cut.hopper is None:
+        _launch(cut, (query, key, value, *states, output, present), (*states, present), past_state, lengths)
+    else:
+        buffers = _handover_buffers(cut, past_state, lengths)
+        cut.hopper((query, key, value, output), (output, *states, present, *buffers))
 
 
 def sweep_back(
@@ -178,9 +184,13 @@ def sweep_back(
     cut = _backward_cut(query.shape, value.shape[3], strides, query.dtype, device, d_state is not None, tile, plan)
     if cut is None:
         return 0
-    states = (slope_rate, past_state, grad_state, lengths)
+    assert cut.hopper is not None
     written = past_state if d_state is None else d_state
-    _launch(cut, (query, key, value, grad_output, *states, *gradients, written), states, past_state, lengths)
+    buffers = _handover_buffers(cut, past_state, lengths)
+    cut.hopper(
+        (query, key, value, grad_output, *gradients),
+        (*gradients, slope_rate, past_state, grad_state, lengths, written, *buffers),
+    )
     return _sweeps_at_once(query.shape[3], value.shape[3])
 
 
@@ -193,13 +203,17 @@ def _sweeps_at_once(K: int, V: int) -> int:
 class _Cut:
     """All of a launch that follows from sizes, strides and dtype; one object for each, which is its own key."""
 
-    kernel: Any
     grid: tuple[int, int, int]
-    numbers: tuple[int, ...]
-    constants: tuple[Any, ...]
-    warps: int
     carry: int
+    """Numbers in the look-back's buffer for states."""
     progress: int
+    """Of its counters."""
+    hopper: HopperLaunch | None = None
+    """For the kernels for Hopper, all else; for the portable one, what follows."""
+    kernel: Any = None
+    numbers: tuple[int, ...] = ()
+    constants: tuple[Any, ...] = ()
+    warps: int = 0
 
 
 def _launch(
@@ -211,13 +225,19 @@ def _launch(
         anywhere: Those of the tensors that need not start at a multiple of 16 bytes, which Triton compiles for.
         past_state, lengths: Stand for the buffers where there is no look-back.
     """
-    device = lengths.device
-    carry = torch.empty(cut.carry, dtype=torch.float32, device=device) if cut.carry else past_state
-    progress = zero_counters(cut.progress, device) if cut.progress else lengths
+    carry, progress = _handover_buffers(cut, past_state, lengths)
     misalignment = tuple([x.data_ptr() % 16 for x in anywhere])
     allocate_with_torch()
     arguments = (*tensors, carry, progress, *cut.numbers)
     launch(cut.kernel, (cut, misalignment), cut.grid, arguments, cut.constants, cut.warps)
+
+
+def _handover_buffers(cut: _Cut, past_state: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the look-back's buffers for states and counters; the arguments stand for them where there is none."""
+    if not cut.carry:
+        return past_state, lengths
+    device = lengths.device
+    return torch.empty(cut.carry, dtype=torch.float32, device=device), zero_counters(cut.progress, device)
 
 
 @lru_cache(maxsize=1024)
@@ -243,9 +263,25 @@ def _cut(
     tile, chosen = sweep_plan(tiles, B * H, V, T, processors(device))
     plan = plan or chosen
     columns = B * H * -(-V // tile.value_block)
-    kernel = sweep_kernel if tile.kernel == "portable" else _hopper_kernel()
-    constants = _constants(K, V, tile, plan, reverse, store_state)
-    return _cut_of(kernel, constants, (T, H), K, strides, columns, tile, plan)
+    kind = {"REVERSE": reverse, "HANDOVER": plan.handover, "STORE_STATE": store_state}
+    if tile.kernel == "hopper":
+        *activations, past, present = strides
+        values = torch.Size((B, T, H, V))
+        maps = [map_of(x, stride) for x, stride in zip((shape, shape, values, values), activations, strict=True)]
+        b, t, h, _ = activations[3]
+        numbers = {"T": T, "H": H, "output_stride_b": b, "output_stride_t": t, "output_stride_h": h}
+        states = {"past": past, "present": present}
+        constants = {"K": K, "V": V, "PARTS": tile.parts, **kind}
+        return _hopper_cut(_hopper_kernel(), constants, maps, numbers, states, K, columns, tile, plan, device)
+    sizes = K, V, key_block(K), tile.value_block, tile.chunk
+    *activations, past, present = strides
+    return _Cut(
+        kernel=sweep_kernel,
+        numbers=(T, H, *(n for stride in activations for n in stride[:3]), *past, *present),
+        constants=(*sizes, *kind.values(), tile.state_stages, tile.stages),
+        warps=tile.warps,
+        **_grid(K, columns, tile, plan),
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -270,46 +306,52 @@ def _backward_cut(
     tile, chosen = sweep_plan(tiles, sweeps * B * H, K, T, processors(device))
     plan = plan or chosen
     columns = sweeps * B * H * (K // tile.value_block)
-    numbers = T, H, int(store_state)
-    constants = K, V, tile.parts, sweeps, plan.handover
-    return _cut_of(backward_hopper_kernel, constants, numbers, V, strides, columns, tile, plan)
+    *activations, past, grad_state = strides
+    values = torch.Size((B, T, H, V))
+    # Gradients are dense.
+    results = [(T * H * D, H * D, D, 1) for D in (K, K, V)]
+    shapes = (shape, shape, values, values, shape, shape, values)
+    maps = [map_of(x, stride) for x, stride in zip(shapes, (*activations, *results), strict=True)]
+    numbers = {"T": T, "H": H, "stores_grad_past": int(store_state)}
+    states = {"past": past, "grad_state": grad_state}
+    constants = {"K": K, "V": V, "PARTS": tile.parts, "SWEEPS": sweeps, "HANDOVER": plan.handover}
+    return _hopper_cut(backward_hopper_kernel, constants, maps, numbers, states, V, columns, tile, plan, device)
 
 
-def _cut_of(
+def _hopper_cut(
     kernel: Any,
-    constants: tuple[Any, ...],
-    numbers: tuple[int, ...],
+    constants: dict[str, Any],
+    maps: list[TensorMap],
+    numbers: dict[str, int],
+    states: dict[str, tuple[int, ...]],
     rows: int,
-    strides: tuple[tuple[int, ...], ...],
     columns: int,
     tile: SweepTile,
     plan: SweepPlan,
+    device: torch.device,
 ) -> _Cut:
-    """Return the launch of `columns` walks.
+    """Return a launch of `columns` walks of a kernel for Hopper, whose states have so many rows.
 
     Args:
-        numbers: Arguments before the strides.
-        rows: Of a state.
-        strides: Of the activations, then of two states.
+        kernel, constants, maps: As for `HopperLaunch`.
+        numbers: Arguments but strides.
+        states: Strides by name.
     """
+    strides = {
+        f"{name}_stride_{axis}": n for name, stride in states.items() for axis, n in zip("bhkv", stride, strict=True)
+    }
+    grid = _grid(rows, columns, tile, plan)
+    return _Cut(hopper=HopperLaunch(kernel, constants, grid["grid"], maps, numbers | strides, device), **grid)
+
+
+def _grid(rows: int, columns: int, tile: SweepTile, plan: SweepPlan) -> dict[str, Any]:
+    """Return the fields of a `_Cut` that say how many programs there are and what they hand over."""
     states = columns * plan.segments if plan.handover == "lookback" else 0
-    *activations, first_state, second_state = strides
-    return _Cut(
-        kernel=kernel,
-        grid=(columns, plan.segments, 1),
-        numbers=(*numbers, *(n for stride in activations for n in stride[:3]), *first_state, *second_state),
-        constants=constants,
-        warps=tile.warps,
-        carry=states * key_block(rows) * tile.value_block,
-        progress=states + 1 if states else 0,
-    )
-
-
-def _constants(K: int, V: int, tile: SweepTile, plan: SweepPlan, reverse: bool, store_state: bool) -> tuple[Any, ...]:
-    if tile.kernel == "hopper":
-        return K, V, tile.parts, reverse, plan.handover, store_state
-    sizes = K, V, key_block(K), tile.value_block, tile.chunk
-    return *sizes, reverse, plan.handover, store_state, tile.state_stages, tile.stages
+    return {
+        "grid": (columns, plan.segments, 1),
+        "carry": states * key_block(rows) * tile.value_block,
+        "progress": states + 1 if states else 0,
+    }
 
 
 @cache
@@ -330,8 +372,9 @@ def _like(x: Tensor) -> Tensor:
 def _dense_rows(x: Tensor) -> Tensor:
     """X itself where its rows are dense and start at multiples of 16 bytes, as tensor maps want it; else a copy."""
     b, t, h, d = x.stride()
-    size = x.element_size()
+    B, T, H, D = x.shape
     # Rows that overlap (an expanded gradient) are left to nobody's interpretation of a stride of 0.
-    if d == 1 and not ((b | t | h) * size | x.data_ptr()) & 15 and (t >= x.shape[3] or x.shape[1] == 1):
+    apart = (b >= D or B == 1) and (t >= D or T == 1) and (h >= D or H == 1)
+    if d == 1 and apart and not ((b | t | h) * x.element_size() | x.data_ptr()) & 15:
         return x
     return x.clone(memory_format=torch.contiguous_format)

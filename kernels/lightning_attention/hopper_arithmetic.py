@@ -21,17 +21,15 @@ NEGLIGIBLE = gl.constexpr(40.0)  # as in `sweep.py`
 
 
 @gluon.jit
-def in_direction(
-    run: gl.constexpr, task, reverse, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr
-):
+def in_direction(run: gl.constexpr, task, reverse, K: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     """Call `run` for one direction. `reverse` counts where REVERSE is None: what runs is compiled for each."""
     if REVERSE is None:
         if reverse:
-            run(task, K, V, PARTS, True)
+            run(task, K, PARTS, True)
         else:
-            run(task, K, V, PARTS, False)
+            run(task, K, PARTS, False)
     else:
-        run(task, K, V, PARTS, REVERSE)
+        run(task, K, PARTS, REVERSE)
 
 
 @gluon.jit
@@ -106,18 +104,29 @@ def recomputing(i_segment, segments, n_chunks, K: gl.constexpr):
 
 
 @gluon.jit
-def tokens(i_segment, segment_chunks, n_chunks, length, REVERSE: gl.constexpr):
-    """As `sweep._tokens`: valid tokens of a segment that is not the last one."""
-    if REVERSE:
-        left = n_chunks - i_segment * segment_chunks
-        return gl.minimum(left * C, length) - (left - segment_chunks) * C
-    return segment_chunks * C
+def chunk_start(i, sequence, REVERSE: gl.constexpr):
+    """First token of the i-th chunk on the way.
+
+    The last chunk of a sequence ends with its last valid token. So the first one may begin before token 0, where tensor
+    maps have zeros and write nothing, and no chunk holds padding.
+    """
+    _, n_chunks, length = sequence
+    return length - ((i + 1) if REVERSE else (n_chunks - i)) * C
 
 
 @gluon.jit
-def chunk_start(i, n_chunks, REVERSE: gl.constexpr):
-    """First token of the i-th chunk on the way."""
-    return ((n_chunks - 1 - i) if REVERSE else i) * C
+def tokens_of(t0):
+    """Valid tokens of the chunk that starts at t0, its last ones."""
+    return C + gl.minimum(t0, 0)
+
+
+@gluon.jit
+def tokens_before(i, sequence, REVERSE: gl.constexpr):
+    """Valid tokens of the first i chunks on the way."""
+    _, n_chunks, length = sequence
+    if REVERSE:
+        return gl.minimum(i * C, length)
+    return gl.maximum(length - (n_chunks - i) * C, 0)
 
 
 @gluon.jit

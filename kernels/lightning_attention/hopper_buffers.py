@@ -13,7 +13,7 @@ OUT_STAGES = gl.constexpr(2)  # chunks whose output has one
 # Places in the tuple of all buffers.
 AT_ROWS = gl.constexpr(0)  # [C, K / PARTS] each: keys of all stages, then queries
 AT_TILES = gl.constexpr(1)  # [C, 64] each: values of all stages, then scores in two parts
-AT_OUT = gl.constexpr(2)
+AT_OUT = gl.constexpr(2)  # [C, 64] each: outputs
 AT_PARTIAL = gl.constexpr(3)  # what one owner has of an output, for the other
 AT_DECAYS = gl.constexpr(4)  # of values, until a chunk's end
 AT_ANSWER_DECAYS = gl.constexpr(5)
@@ -44,6 +44,13 @@ def halves_of(PARTS):
 def walk_stages_of(K):
     """Chunks of a walk that have buffers. Where two are too few, keys have those of queries, too, values of scores."""
     return 3 if K <= 128 else 4
+
+
+@gluon.jit
+def block_of(tile, block: gl.constexpr):
+    """The block-th HALF columns of a tile [C, columns], as a tensor map's block [1, C, 1, HALF]."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return tile.slice(block * HALF, HALF, dim=1)._reinterpret(gl.bfloat16, [1, C, 1, HALF], layout)
 
 
 @gluon.jit

@@ -28,7 +28,8 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     progression,
     scaled_parts,
     split,
-    tokens,
+    tokens_before,
+    tokens_of,
     upper_half,
     upper_part,
     wait_for,
@@ -43,7 +44,6 @@ from tnllm_export.kernels.lightning_attention.hopper_buffers import (
     AT_OUT,
     AT_PARTIAL,
     AT_SCORED,
-    AT_TILES,
     AT_WALK_EMPTY,
     AT_WALK_FULL,
     HALF,
@@ -58,6 +58,7 @@ from tnllm_export.kernels.lightning_attention.hopper_buffers import (
     value_tile,
     walk_stages_of,
 )
+from tnllm_export.kernels.lightning_attention.hopper_store import copy_out, copy_zeros
 
 
 @gluon.jit
@@ -66,7 +67,6 @@ def own(
     task,
     reverse,
     K: gl.constexpr,
-    V: gl.constexpr,
     PARTS: gl.constexpr,
     REVERSE: gl.constexpr,
     HANDOVER: gl.constexpr,
@@ -79,11 +79,11 @@ def own(
     """
     if REVERSE is None:
         if reverse:
-            _own(owner, task, K, V, PARTS, True, HANDOVER, STORE_STATE)
+            _own(owner, task, K, PARTS, True, HANDOVER, STORE_STATE)
         else:
-            _own(owner, task, K, V, PARTS, False, HANDOVER, STORE_STATE)
+            _own(owner, task, K, PARTS, False, HANDOVER, STORE_STATE)
     else:
-        _own(owner, task, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)
+        _own(owner, task, K, PARTS, REVERSE, HANDOVER, STORE_STATE)
 
 
 @gluon.jit
@@ -91,7 +91,6 @@ def _own(  # noqa: PLR0912, PLR0915
     owner,
     task,
     K: gl.constexpr,
-    V: gl.constexpr,
     PARTS: gl.constexpr,
     REVERSE: gl.constexpr,
     HANDOVER: gl.constexpr,
@@ -103,9 +102,9 @@ def _own(  # noqa: PLR0912, PLR0915
     BV: gl.constexpr = halves_of(PARTS) * HALF
     half = owner if PARTS == 1 else 0
     part = 0 if PARTS == 1 else owner
-    slope, n_chunks, length = sequence
+    slope, _, length = sequence
     walk_begin, walk_end, first, end, column = way
-    i_segment, n_segments, segment_chunks, segments, heads = place
+    i_segment, n_segments, segment_chunks, segments, heads, T = place
     past, present, stores_state, p_slots, p_ready = memory
     p_past_state, past_stride_k, past_stride_v = past
     p_present_state, present_stride_k, present_stride_v = present
@@ -115,21 +114,19 @@ def _own(  # noqa: PLR0912, PLR0915
     v_index = column + local_v
     p_past = p_past_state + k_index[None, :] * past_stride_k + v_index[:, None] * past_stride_v
 
-    p_output, output_stride_t, T = output
-    layout: gl.constexpr = buffers[AT_TILES].layout
-    output = tma.make_tensor_descriptor(p_output, [T, V], [output_stride_t, 1], [C, HALF], layout)
+    walks = walk_begin < walk_end
 
-    # Padding: this owner's share of the chunks without a valid token.
-    padding = (T + C - 1) // C - n_chunks
-    padding_from = n_chunks + padding * i_segment // segments
-    padding_to = n_chunks + padding * (i_segment + 1) // segments
+    # Padding: this owner's share of the tokens behind the last valid one, in chunks.
+    padding = (T - length + C - 1) // C
+    padding_from = padding * i_segment // segments
+    padding_to = padding * (i_segment + 1) // segments
     if padding_from + part < padding_to:
         nothing = buffers[AT_OUT].index(owner)
         nothing.store(gl.full([C, HALF], 0.0, gl.bfloat16, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
         fence_async_shared()
         barrier()
-        for i_chunk in range(padding_from + part, padding_to, PARTS):
-            tma.async_copy_shared_to_global(output, [i_chunk * C, column + half * HALF], nothing)
+        for i in range(padding_from + part, padding_to, PARTS):
+            copy_zeros(nothing, output, length + i * C, column + half * HALF)
         tma.store_wait(0)
         barrier()
 
@@ -153,15 +150,16 @@ def _own(  # noqa: PLR0912, PLR0915
         if i_segment == 0:
             before = gl.load(p_past)
         if i_segment < n_segments - 1:
-            state += decayed(before, slope * tokens(i_segment, segment_chunks, n_chunks, length, REVERSE))
+            state += decayed(before, slope * _segment_tokens(i_segment, segment_chunks, sequence, REVERSE))
             _store_slot(p_slots + i_segment * slot_stride, state)
             # All threads' stores come before the release.
             barrier()
             gl.atomic_add(p_ready + i_segment * heads, 1, sem="release")
-    # What the walk took is free. Not earlier: copies would be in the way of what others wait for.
-    for stage in gl.static_range(STAGES):
-        _release_queries(buffers, stage, STAGES)
-        mbarrier.arrive(buffers[AT_EMPTY].index(stage), count=1)
+    if walks:
+        # What the walk took is free. Not earlier: copies would be in the way of what others wait for.
+        for stage in gl.static_range(STAGES):
+            _release_queries(buffers, stage, STAGES)
+            mbarrier.arrive(buffers[AT_EMPTY].index(stage), count=1)
     if HANDOVER == "lookback":
         state = before
         i_before = i_segment
@@ -170,7 +168,7 @@ def _own(  # noqa: PLR0912, PLR0915
             i_before -= 1
             wait_for(p_ready + i_before * heads, 2)  # both owners
             state += decayed(_load_slot(p_slots + i_before * slot_stride, KP, state_layout), slope * since)
-            since += tokens(i_before, segment_chunks, n_chunks, length, REVERSE)
+            since += _segment_tokens(i_before, segment_chunks, sequence, REVERSE)
 
     # A head that forgets within few tokens would overflow what the others count backwards.
     if slope <= FACTORED_RATE:
@@ -219,17 +217,18 @@ def _answer(  # noqa: PLR0912, PLR0915
     partial = buffers[AT_PARTIAL]
     decays = buffers[AT_DECAYS]
     answer_decays = buffers[AT_ANSWER_DECAYS]
-    slope, n_chunks, length = sequence
+    slope = sequence[0]
     STAGES: gl.constexpr = stages_of(state.shape[1] * PARTS)
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
     decayed_operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
+    value_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
     since = first * 0  # tokens that the state has not decayed for
     for i in range(first, end):
         n = i - first
         stage = n % STAGES
-        t0 = chunk_start(i, n_chunks, REVERSE)
-        count = gl.minimum(length - t0, C)
+        t0 = chunk_start(i, sequence, REVERSE)
+        count = tokens_of(t0)
         k = key_tile(buffers, stage, part, PARTS)
         q = query_tile(buffers, stage, part, PARTS).permute((1, 0))
         v = value_tile(buffers, stage, half, PARTS).permute((1, 0))
@@ -251,13 +250,15 @@ def _answer(  # noqa: PLR0912, PLR0915
             # Computed anew for each chunk (count is always positive): registers are scarcer than exponentials.
             rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
             if REVERSE:
-                exponent = progression(rate * (count - 1), -rate, chunk_layout)
+                exponent = progression(rate * (C - 1), -rate, chunk_layout)
             else:
-                exponent = progression(rate, rate, chunk_layout)
+                exponent = progression(rate * (count - C + 1), rate, chunk_layout)
             o = o * gl.exp2(gl.minimum(exponent, 0.0))[None, :]
-        o = warpgroup_mma(v, first_scores, o, is_async=True)
+        rows = v.load(decayed_operand)
+        values = gl.convert_layout(rows, value_operand)
+        o = warpgroup_mma(values, first_scores, o, is_async=True)
         if PARTS == 1:
-            o = warpgroup_mma(v, second_scores, o, is_async=True)
+            o = warpgroup_mma(values, second_scores, o, is_async=True)
         since += count
         if FACTORED:
             if decays_now(slope, since, i == end - 1):
@@ -266,7 +267,6 @@ def _answer(  # noqa: PLR0912, PLR0915
         else:
             state = _scaled(state, slope * since)
             since = since * 0
-        rows = v.load(decayed_operand)
         decay_high = decays.index(n % SCORE_STAGES * 2).load(gl.SliceLayout(0, decayed_operand))
         decay_low = decays.index(n % SCORE_STAGES * 2 + 1).load(gl.SliceLayout(0, decayed_operand))
         if FACTORED:
@@ -304,6 +304,13 @@ def _answer(  # noqa: PLR0912, PLR0915
 
 
 @gluon.jit
+def _segment_tokens(i_segment, segment_chunks, sequence, REVERSE: gl.constexpr):
+    """Valid tokens of a segment that is not the last one."""
+    start = i_segment * segment_chunks
+    return tokens_before(start + segment_chunks, sequence, REVERSE) - tokens_before(start, sequence, REVERSE)
+
+
+@gluon.jit
 def _release_queries(buffers, stage, STAGES: gl.constexpr):
     """Let further queries come into this stage before the rest of its chunk has been used (`hopper_load.load`)."""
     if STAGES == 2:
@@ -321,11 +328,10 @@ def _scaled(state, rate):
 @gluon.jit
 def _write(o, answer, output, t0, column):
     """Start to copy a chunk's output [HALF, C] to its place, through a buffer that is free."""
-    # A query beyond the last valid token is 0, and so is its output.
     answer.permute((1, 0)).store(o.to(gl.bfloat16))
     fence_async_shared()
     barrier()
-    tma.async_copy_shared_to_global(output, [t0, column], answer)
+    copy_out(answer, output, t0, column)
 
 
 # A state goes to another segment laid out as its registers are: 16 bytes of each thread in a row.
@@ -371,26 +377,22 @@ def _walk(
 
     No output: one long sum of values that decay until the end, in any order; see `hopper_load.copy_walk` for this one.
     """
-    slope, n_chunks, length = sequence
+    slope, _, length = sequence
     STAGES: gl.constexpr = walk_stages_of(state.shape[1] * PARTS)
     operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
-    # First and last token.
-    if REVERSE:
-        low = (n_chunks - end) * C
-        high = gl.minimum((n_chunks - origin) * C, length) - 1
-    else:
-        low = origin * C
-        high = gl.minimum(end * C, length) - 1
-    state = decayed(state, slope * gl.maximum(high + 1 - low, 0))
+    before = tokens_before(origin, sequence, REVERSE)
+    until = tokens_before(end, sequence, REVERSE)
+    state = decayed(state, slope * gl.maximum(until - before, 0))
     rate = -slope * LOG2_E
     for n in range(end - begin):
         i = end - 1 - n
         stage = n % STAGES
-        t0 = chunk_start(i, n_chunks, REVERSE)
+        t0 = chunk_start(i, sequence, REVERSE)
         if REVERSE:
-            exponent = progression(rate * (t0 - low + 1), rate, operand)
+            # Nothing stands before token 0, where the exponent would be positive.
+            exponent = gl.minimum(progression(rate * (t0 + 1 - (length - until)), rate, operand), 0.0)
         else:
-            exponent = gl.minimum(progression(rate * (high - t0), -rate, operand), 0.0)
+            exponent = progression(rate * (until - 1 - t0), -rate, operand)
         decay_high, decay_low = split(gl.exp2(exponent))
         mbarrier.wait(buffers[AT_WALK_FULL].index(stage), (n // STAGES) & 1)
         k = key_tile(buffers, stage, part, PARTS)

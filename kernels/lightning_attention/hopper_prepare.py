@@ -23,6 +23,7 @@ from tnllm_export.kernels.lightning_attention.hopper_arithmetic import (
     decays_now,
     in_direction,
     split,
+    tokens_of,
 )
 from tnllm_export.kernels.lightning_attention.hopper_buffers import (
     AT_ANSWER_DECAYS,
@@ -31,68 +32,57 @@ from tnllm_export.kernels.lightning_attention.hopper_buffers import (
     AT_FULL,
     AT_ROWS,
     AT_SCORED,
-    HALF,
     SCORE_STAGES,
     C,
-    halves_of,
     key_tile,
     query_tile,
     score_tile,
     stages_of,
 )
 from tnllm_export.kernels.lightning_attention.hopper_load import (
-    copy_chunk,
+    copy_keys_and_values,
+    copy_queries,
     copy_walk,
-    key_map,
-    prefetch,
-    value_map,
+    expect_chunk,
+    wait_until_free,
 )
 
 
 @gluon.jit
-def prepare(task, reverse, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+def prepare(task, reverse, K: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     """Bring the chunks of a walk, then what the owners need to answer the queries of a segment."""
-    in_direction(_prepare, task, reverse, K, V, PARTS, REVERSE)
+    in_direction(_prepare, task, reverse, K, PARTS, REVERSE)
 
 
 @gluon.jit
-def score(task, reverse, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+def score(task, reverse, K: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     """Make scores and decays of chunks that `hopper_load.load` brings."""
-    in_direction(_score, task, reverse, K, V, PARTS, REVERSE)
+    in_direction(_score, task, reverse, K, PARTS, REVERSE)
 
 
 @gluon.jit
-def _prepare(task, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
-    buffers, sequence, way, query, key, value = task
-    slope, n_chunks, length = sequence
-    walk_begin, walk_end, first, end, column = way
-    # A map takes most of a microsecond. Meanwhile the first chunk comes into L2, and maps that a walk needs go first.
-    start = chunk_start(gl.where(walk_begin < walk_end, walk_end - 1, first), n_chunks, REVERSE)
-    prefetch(key, start, length, 0, K)
-    prefetch(value, start, length, column, halves_of(PARTS) * HALF)
-    prefetch(query, chunk_start(first, n_chunks, REVERSE), length, 0, K)
-    key = key_map(key, buffers, length, K)
-    value = value_map(value, buffers, length, V)
-    copy_walk(key, value, buffers, n_chunks, walk_begin, walk_end, column, PARTS, REVERSE)
-    query = key_map(query, buffers, length, K)
-    maps = (query, key, value)
+def _prepare(task, K: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+    buffers, sequence, way, tensors = task
+    _, _, first, end, column = way
     STAGES: gl.constexpr = stages_of(K)
-    for stage in gl.static_range(STAGES):
-        mbarrier.wait(buffers[AT_EMPTY].index(stage), 0)
-        i = first + stage
-        copy_chunk(maps, buffers, stage, chunk_start(i, n_chunks, REVERSE), column, PARTS, i < end)
-    if slope <= FACTORED_RATE:
-        _prepare_chunks(maps, buffers, sequence, first, end, column, PARTS, REVERSE, True)
+    copy_walk(tensors, buffers, sequence, way, PARTS, REVERSE)
+    for n in range(gl.minimum(end - first, STAGES)):
+        # A walk takes no queries' buffers.
+        copy_queries(tensors, buffers, n, chunk_start(first + n, sequence, REVERSE), PARTS)
+        wait_until_free(buffers[AT_EMPTY], n, STAGES, way)
+        expect_chunk(buffers, n, PARTS)
+        copy_keys_and_values(tensors, buffers, n, chunk_start(first + n, sequence, REVERSE), column, PARTS)
+    if sequence[0] <= FACTORED_RATE:
+        _prepare_chunks(task, K, PARTS, REVERSE, True)
     else:
-        _prepare_chunks(maps, buffers, sequence, first, end, column, PARTS, REVERSE, False)
+        _prepare_chunks(task, K, PARTS, REVERSE, False)
 
 
 @gluon.jit
-def _prepare_chunks(
-    maps, buffers, sequence, first, end, column, PARTS: gl.constexpr, REVERSE: gl.constexpr, FACTORED: gl.constexpr
-):
-    n_chunks = sequence[1]
-    STAGES: gl.constexpr = stages_of(buffers[AT_ROWS].shape[2] * PARTS)
+def _prepare_chunks(task, K: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr, FACTORED: gl.constexpr):
+    buffers, sequence, way, tensors = task
+    _, _, first, end, column = way
+    STAGES: gl.constexpr = stages_of(K)
     since = first * 0  # tokens that the owners' state has not decayed for
     if first < end:
         scores = _start_scores(buffers, 0, PARTS)
@@ -102,17 +92,20 @@ def _prepare_chunks(
         scores = _start_scores(buffers, n, PARTS)
         if n > 1:
             # The chunk before the last is answered: a further one comes where it was.
-            free = (n - 2) % STAGES
-            mbarrier.wait(buffers[AT_EMPTY].index(free), ((n - 2) // STAGES + 1) & 1)
-            t0 = chunk_start(i + STAGES - 2, n_chunks, REVERSE)
-            copy_chunk(maps, buffers, free, t0, column, PARTS, i + STAGES - 2 < end)
+            further = n + STAGES - 2
+            stage = further % STAGES
+            wait_until_free(buffers[AT_EMPTY], further, STAGES, way)
+            wanted = first + further < end
+            t0 = chunk_start(first + further, sequence, REVERSE)
+            expect_chunk(buffers, stage, PARTS, wanted)
+            copy_queries(tensors, buffers, stage, t0, PARTS, wanted)
+            copy_keys_and_values(tensors, buffers, stage, t0, column, PARTS, wanted)
         since = _store_scores(scores, buffers, sequence, i, end, n, since, REVERSE, FACTORED)
 
 
 @gluon.jit
-def _score(task, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
-    _, sequence, _ = task
-    if sequence[0] <= FACTORED_RATE:
+def _score(task, K: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
+    if task[1][0] <= FACTORED_RATE:
         _score_chunks(task, PARTS, REVERSE, True)
     else:
         _score_chunks(task, PARTS, REVERSE, False)
@@ -155,24 +148,24 @@ def _store_scores(scores, buffers, sequence, i, end, n, since, REVERSE: gl.const
         The same for the state after it.
     """
     decays = buffers[AT_DECAYS]
-    slope, n_chunks, length = sequence
+    slope = sequence[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     key_row = gl.arange(0, C, layout=gl.SliceLayout(1, layout)).to(gl.float32)
     query_row = gl.arange(0, C, layout=gl.SliceLayout(0, layout)).to(gl.float32)
     row = gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])).to(gl.float32)
-    count = gl.minimum(length - chunk_start(i, n_chunks, REVERSE), C)
+    count = tokens_of(chunk_start(i, sequence, REVERSE))
     rate = gl.where(count > 0, -slope * LOG2_E, 0.0)
-    # [C, C]: rows are keys, columns queries. Exponents of d.
+    # [C, C]: rows are keys, columns queries. Exponents of d. Tokens before the first valid one are 0.
     if REVERSE:
         seen = key_row[:, None] >= query_row[None, :]
-        key_exponent = rate * (since + count - 1 - key_row)
-        query_exponent = rate * (count - 1 - query_row)
-        exponent = rate * (since + count - 1 - row)
+        key_exponent = rate * (since + C - 1 - key_row)
+        query_exponent = rate * (C - 1 - query_row)
+        exponent = rate * (since + C - 1 - row)
     else:
         seen = query_row[None, :] >= key_row[:, None]
-        key_exponent = rate * (since + 1 + key_row)
-        query_exponent = rate * (query_row + 1)
-        exponent = rate * (since + 1 + row)
+        key_exponent = rate * (since + count - C + 1 + key_row)
+        query_exponent = rate * (count - C + 1 + query_row)
+        exponent = rate * (since + count - C + 1 + row)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     stage = n % SCORE_STAGES
     if FACTORED:

@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from tnllm_export.kernels.cuda_driver import capture_of
+
 LIMIT = 4096
 """Keys that are remembered; they hold sizes, and a server sees many."""
 
@@ -23,10 +25,10 @@ _compiled: dict[Hashable, Any] = {}
 
 
 class _Stock(threading.local):
-    """Counters of a thread that are 0, by their number, device and stream."""
+    """Counters of a thread that are 0, by their number, device, stream and what is captured there."""
 
     def __init__(self) -> None:
-        self.counters: dict[Hashable, list[Tensor]] = {}
+        self.counters: dict[tuple[int, torch.device, int, int], list[Tensor]] = {}
 
 
 _stock = _Stock()
@@ -71,13 +73,18 @@ def zero_counters(count: int, device: torch.device) -> Tensor:
     """Return `count` int32 zeros for one launch on the current stream.
 
     To set them to 0 is a launch of its own, which costs a short sequence's host as much as its kernel. So it is done
-    for many at a time; but in a CUDA graph, which is run again, for each.
+    for many at a time; a CUDA graph, which is run again, does it anew for its own.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = count, device, torch.cuda.current_stream(device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    key = count, device, stream, capture_of(stream)
     ready = _stock.counters.get(key)
     if not ready:
+        # What is left of captures that have ended belongs to their graphs.
+        ended = [other for other in _stock.counters if other[3] not in (0, key[3])]
+        for other in ended:
+            del _stock.counters[other]
         if len(_stock.counters) >= LIMIT // STOCK:
             _stock.counters.clear()
         # Rows start at multiples of 16 bytes, as allocations do.

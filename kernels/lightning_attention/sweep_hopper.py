@@ -41,30 +41,21 @@ SCORE_REGISTERS = gl.constexpr(72)
 LOAD_REGISTERS = gl.constexpr(24)
 
 
-# One variant for all numbers of tokens and heads.
-@gluon.jit(do_not_specialize=("T", "H"))
+@gluon.jit
 def sweep_hopper_kernel(  # noqa: D103
-    p_query,
-    p_key,
-    p_value,
+    query,
+    key,
+    value,
+    output,
+    p_output,
     p_slope_rate,
     p_past_state,
     p_lengths,
-    p_output,
     p_present_state,
     p_carry,
     p_progress,
     T,
     H,
-    query_stride_b,
-    query_stride_t,
-    query_stride_h,
-    key_stride_b,
-    key_stride_t,
-    key_stride_h,
-    value_stride_b,
-    value_stride_t,
-    value_stride_h,
     output_stride_b,
     output_stride_t,
     output_stride_h,
@@ -86,9 +77,7 @@ def sweep_hopper_kernel(  # noqa: D103
     i_column, i_segment = place_of_program(p_progress, HANDOVER)
     always = i_column * 0 == 0  # a value, as where several sweeps share a launch; the compiler sees through it
     sweep_program(
-        (p_query, query_stride_b, query_stride_t, query_stride_h),
-        (p_key, key_stride_b, key_stride_t, key_stride_h),
-        (p_value, value_stride_b, value_stride_t, value_stride_h),
+        (query, key, value, output),
         (p_output, output_stride_b, output_stride_t, output_stride_h),
         (p_past_state, past_stride_b, past_stride_h, past_stride_k, past_stride_v),
         (p_present_state, present_stride_b, present_stride_h, present_stride_k, present_stride_v),
@@ -128,6 +117,21 @@ def place_of_program(p_progress, HANDOVER: gl.constexpr):
 
 
 @gluon.jit
+def prefetch_state(past, column, K: gl.constexpr, BV: gl.constexpr):
+    """Bring the past state into L2 before copies are in its way."""
+    p_past, stride_k, stride_v = past
+    LINE: gl.constexpr = 32  # of numbers
+    place = gl.arange(0, K * BV // LINE, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    # Whichever of rows and columns are dense.
+    rows = gl.where(stride_v == 1, place // (BV // LINE), place % (K // LINE) * LINE)
+    columns = gl.where(stride_v == 1, place % (BV // LINE) * LINE, place // (K // LINE))
+    lines = p_past + rows * stride_k + (column + columns) * stride_v
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """Allocate barriers that are passed by that many arrivals."""
     memory = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
@@ -138,10 +142,8 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def sweep_program(  # noqa: PLR0915
-    query,
-    key,
-    value,
-    output,
+    tensors,
+    answer,
     past,
     present,
     stores_state,
@@ -165,7 +167,8 @@ def sweep_program(  # noqa: PLR0915
     """Do one segment of one sweep, for one block of a head's columns.
 
     Args:
-        query, key, value, output: Address and strides of batch, token and head.
+        tensors: Tensor maps of query, key, value and output.
+        answer: Address of the output and strides of batch, token and head.
         past, present: Address and strides of batch, head, key row and column.
         stores_state: Whether the last segment writes `present`, if STORE_STATE.
         reverse: Whether the state goes from the last token to the first, if REVERSE is None, which says so else.
@@ -181,37 +184,21 @@ def sweep_program(  # noqa: PLR0915
     row_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, KP], gl.bfloat16)
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, HALF], gl.bfloat16)
 
-    heads = gl.num_programs(0)
-    segments = gl.num_programs(1)
     i_v = i_column % NV
     i_b = (i_column // NV) // H
     i_h = (i_column // NV) % H
-
-    length = gl.maximum(gl.minimum(gl.load(p_lengths + i_b), T), 0)
-    n_chunks = (length + C - 1) // C
-    slope = gl.load(p_slope_rate + i_h)
-    segment_chunks = gl.maximum((n_chunks + segments - 1) // segments, 1)
-    n_segments = gl.maximum((n_chunks + segment_chunks - 1) // segment_chunks, 1)
-    first = gl.minimum(i_segment * segment_chunks, n_chunks)
-    end = gl.minimum(first + segment_chunks, n_chunks)
-    # What is walked without output, before the answer.
-    remembered = (1.0 / gl.maximum(slope * C, 1e-6) * NEGLIGIBLE).to(gl.int32) + 2
-    walk_begin = first
-    walk_end = first
-    if HANDOVER == "recompute":
-        n_segments = segments
-        first = recomputing(i_segment, segments, n_chunks, K)
-        end = recomputing(i_segment + 1, segments, n_chunks, K)
-        wanted = (first < end) | (i_segment == segments - 1)
-        walk_begin = gl.where(wanted, gl.maximum(first - remembered, 0), first)
-        walk_end = first
-    if HANDOVER == "lookback":
-        walk_end = gl.where(i_segment < n_segments - 1, end, first)
-        walk_begin = gl.maximum(walk_end - remembered, first)
-    column = i_v * BV
-
     batch = i_b.to(gl.int64)
     head = i_h.to(gl.int64)
+    column = i_v * BV
+    past = (past[0] + batch * past[1] + head * past[2], past[3], past[4])
+    if HANDOVER == "lookback":
+        if i_segment == 0:
+            prefetch_state(past, column, K, BV)
+    else:
+        prefetch_state(past, column, K, BV)
+    # They come while barriers are made.
+    length = gl.load(p_lengths + i_b)
+    slope = gl.load(p_slope_rate + i_h)
 
     rows = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES * PARTS, C, KP], row_tile)
     tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES * HALVES + SCORE_STAGES * 2, C, HALF], tile)
@@ -233,6 +220,28 @@ def sweep_program(  # noqa: PLR0915
     fence_async_shared()
     barrier()
 
+    heads = gl.num_programs(0)
+    segments = gl.num_programs(1)
+    length = gl.maximum(gl.minimum(length, T), 0)
+    n_chunks = (length + C - 1) // C
+    segment_chunks = gl.maximum((n_chunks + segments - 1) // segments, 1)
+    n_segments = gl.maximum((n_chunks + segment_chunks - 1) // segment_chunks, 1)
+    first = gl.minimum(i_segment * segment_chunks, n_chunks)
+    end = gl.minimum(first + segment_chunks, n_chunks)
+    # What is walked without output, before the answer.
+    remembered = (1.0 / gl.maximum(slope * C, 1e-6) * NEGLIGIBLE).to(gl.int32) + 2
+    walk_begin = first
+    walk_end = first
+    if HANDOVER == "recompute":
+        n_segments = segments
+        first = recomputing(i_segment, segments, n_chunks, K)
+        end = recomputing(i_segment + 1, segments, n_chunks, K)
+        wanted = (first < end) | (i_segment == segments - 1)
+        walk_begin = gl.where(wanted, gl.maximum(first - remembered, 0), first)
+        walk_end = first
+    if HANDOVER == "lookback":
+        walk_end = gl.where(i_segment < n_segments - 1, end, first)
+        walk_begin = gl.maximum(walk_end - remembered, first)
     p_slots = p_carry + i_place.to(gl.int64) * (K * BV)
     p_ready = p_progress + 1 + i_place
     buffers = (
@@ -250,25 +259,22 @@ def sweep_program(  # noqa: PLR0915
         exchanged,
         asked,
     )
+    query, key, value, output = tensors
     sequence = (slope, n_chunks, length)
     way = (walk_begin, walk_end, first, end, column)
-    place = (i_segment, n_segments, segment_chunks, segments, heads)
-    query = (query[0] + batch * query[1] + head * query[3], query[2])
-    key = (key[0] + batch * key[1] + head * key[3], key[2])
-    value = (value[0] + batch * value[1] + head * value[3], value[2])
-    output = (output[0] + batch * output[1] + head * output[3], output[2], T)
-    past = (past[0] + batch * past[1] + head * past[2], past[3], past[4])
+    place = (i_segment, n_segments, segment_chunks, segments, heads, T)
     present = (present[0] + batch * present[1] + head * present[2], present[3], present[4])
     memory = (past, present, stores_state, p_slots, p_ready)
+    output = (output, i_b, i_h, answer[0] + batch * answer[1] + head * answer[3], answer[2])
     answering = (buffers, sequence, way, place, output, memory)
     scoring = (buffers, sequence, way)
-    preparing = scoring + (query, key, value)  # noqa: RUF005
+    preparing = (buffers, sequence, way, (query, key, value, i_b, i_h))
     if STAGES > 2:
         gl.warp_specialize(
             [
-                (own, (0, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
-                (own, (1, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
-                (prepare, (preparing, reverse, K, V, PARTS, REVERSE)),
+                (own, (0, answering, reverse, K, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+                (own, (1, answering, reverse, K, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+                (prepare, (preparing, reverse, K, PARTS, REVERSE)),
             ],
             [4, 4],
             [OWNER_REGISTERS, PREPARE_REGISTERS],
@@ -276,10 +282,10 @@ def sweep_program(  # noqa: PLR0915
     else:
         gl.warp_specialize(
             [
-                (own, (0, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
-                (own, (1, answering, reverse, K, V, PARTS, REVERSE, HANDOVER, STORE_STATE)),
-                (score, (scoring, reverse, K, V, PARTS, REVERSE)),
-                (load, (preparing, reverse, K, V, PARTS, REVERSE)),
+                (own, (0, answering, reverse, K, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+                (own, (1, answering, reverse, K, PARTS, REVERSE, HANDOVER, STORE_STATE)),
+                (score, (scoring, reverse, K, PARTS, REVERSE)),
+                (load, (preparing, reverse, K, PARTS, REVERSE)),
             ],
             [4, 4, 1],
             [OWNER_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS],

@@ -70,7 +70,7 @@ _HOPPER_TILE = SweepTile(
     stages=3,
     state_stages=3,
     programs_per_processor=1,
-    handover_cost=4.0,
+    handover_cost=2.6,
     kernel="hopper",
     further_warps=8,
 )
@@ -81,7 +81,7 @@ def hopper_tiles(K: int, V: int, activation: Activation) -> tuple[SweepTile, ...
     if activation != "bfloat16" or K not in (64, 128, 256):
         return ()
     # Half of the columns: more programs to walk a short sequence, which take more than half of the time.
-    narrow = replace(_HOPPER_TILE, value_block=64, parts=2, answer_cost=0.71, handover_cost=5.4)
+    narrow = replace(_HOPPER_TILE, value_block=64, parts=2, answer_cost=0.71, handover_cost=3.5)
     # Two chunks have buffers, so a warp of its own starts the copies; warps come in groups of four.
     tall = replace(
         narrow,

@@ -32,6 +32,8 @@ struct Opened {
         find(driver.cuMemsetD32Async, "cuMemsetD32Async");
         find(driver.cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2");
         find(driver.cuLaunchKernel, "cuLaunchKernel");
+        driver.cuTensorMapEncodeTiled = reinterpret_cast<decltype(driver.cuTensorMapEncodeTiled)>(
+            dlsym(library, "cuTensorMapEncodeTiled"));
     }
 };
 

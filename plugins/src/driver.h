@@ -20,10 +20,16 @@ using CUmodule = CUmod_st*;
 using CUfunction = CUfunc_st*;
 using CUstream = CUstream_st*;
 
+struct alignas(64) CUtensorMap {
+    uint64_t opaque[16];
+};
+
 inline constexpr int kMultiprocessors = 16;          // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 inline constexpr int kCapabilityMajor = 75;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 inline constexpr int kCapabilityMinor = 76;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
 inline constexpr int kMaxDynamicSharedBytes = 8;     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+inline constexpr int kBfloat16 = 9;                  // CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+inline constexpr int kSwizzle128Bytes = 3;           // CU_TENSOR_MAP_SWIZZLE_128B
 inline constexpr int kDefaultSharedBytes = 48 << 10;  // what a kernel may use without asking for more
 
 struct Driver {
@@ -38,6 +44,9 @@ struct Driver {
     CUresult (*cuMemcpyDtoDAsync)(CUdeviceptr, CUdeviceptr, size_t, CUstream);
     CUresult (*cuLaunchKernel)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
         CUstream, void**, void**);
+    // nullptr in a driver before CUDA 12.
+    CUresult (*cuTensorMapEncodeTiled)(CUtensorMap*, int, unsigned, void*, uint64_t const*, uint64_t const*,
+        uint32_t const*, uint32_t const*, int, int, int, int);
 };
 
 // The driver, or nullptr where there is none.

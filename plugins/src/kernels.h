@@ -14,6 +14,8 @@ enum class Handover : uint8_t { none, recompute, lookback };
 enum class Argument : uint8_t {
     query, key, value, slope_rate, past_state, lengths, output, present_state, carry, progress, scratch,
     profile_scratch,
+    query_map, key_map, value_map, output_map,
+    unused,
     T, H,
     query_stride_b, query_stride_t, query_stride_h,
     key_stride_b, key_stride_t, key_stride_h,
@@ -23,8 +25,9 @@ enum class Argument : uint8_t {
     present_stride_b, present_stride_h, present_stride_k, present_stride_v,
 };
 
-inline constexpr int32_t kPointers = 12;  // arguments before T are addresses
-inline constexpr int32_t kMaxArguments = 40;
+inline constexpr int32_t kPointers = 12;  // the first ones are addresses
+inline constexpr int32_t kMaps = 4;       // then come tensor maps
+inline constexpr int32_t kMaxArguments = 64;
 
 struct Kernel {
     Op op;

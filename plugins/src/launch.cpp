@@ -62,8 +62,41 @@ int64_t integer(Argument argument, Call const& call) noexcept
     case Argument::present_stride_h: return call.K * call.V;
     case Argument::past_stride_k:
     case Argument::present_stride_k: return call.V;
+    case Argument::unused: return 0;
     default: return 1;  // past_stride_v, present_stride_v
     }
+}
+
+// Whose map it is.
+Argument mapped(Argument argument) noexcept
+{
+    switch (argument) {
+    case Argument::query_map: return Argument::query;
+    case Argument::key_map: return Argument::key;
+    case Argument::value_map: return Argument::value;
+    default: return Argument::output;
+    }
+}
+
+// The map of dense activations [B, T, H, columns]: see MAPS in kernels/compiled.py.
+bool encode(CUtensorMap& map, Call const& call, int64_t columns, void const* address, char const*& reason) noexcept
+{
+    auto const encodeTiled = driver()->cuTensorMapEncodeTiled;
+    if (encodeTiled == nullptr) {
+        reason = "the CUDA driver is older than 12.0, which makes no tensor maps";
+        return false;
+    }
+    uint64_t const row = uint64_t(columns) * 2;
+    uint64_t const sizes[] = {uint64_t(columns), uint64_t(call.H), uint64_t(call.T), uint64_t(call.B)};
+    uint64_t const strides[] = {row, row * sizes[1], row * sizes[1] * sizes[2]};
+    uint32_t const block[] = {64, 1, 64, 1};
+    uint32_t const steps[] = {1, 1, 1, 1};
+    CUresult const result = encodeTiled(
+        &map, kBfloat16, 4, const_cast<void*>(address), sizes, strides, block, steps, 0, kSwizzle128Bytes, 0, 0);
+    if (result != 0) {
+        reason = errorName(result);
+    }
+    return result == 0;
 }
 
 }  // namespace
@@ -104,11 +137,19 @@ bool launch(Call const& call, Plan const& plan, Device const& device, Addresses 
 
     // The driver reads as many bytes as the kernel's parameter has, 4 or 8: the low ones come first.
     int64_t integers[kMaxArguments];
+    CUtensorMap maps[kMaps];
     void* arguments[kMaxArguments];
     for (int32_t i = 0; i < plan.kernel->argumentCount; ++i) {
         Argument const argument = plan.kernel->arguments[i];
         if (int(argument) < kPointers) {
             arguments[i] = &addresses.of[int(argument)];
+        } else if (int(argument) < kPointers + kMaps) {
+            CUtensorMap& map = maps[int(argument) - kPointers];
+            bool const isKey = argument == Argument::query_map || argument == Argument::key_map;
+            if (!encode(map, call, isKey ? call.K : call.V, addresses.of[int(mapped(argument))], reason)) {
+                return false;
+            }
+            arguments[i] = &map;
         } else {
             integers[i] = integer(argument, call);
             arguments[i] = &integers[i];

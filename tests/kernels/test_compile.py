@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 from tnllm_export.errors import PluginBuildError
 from tnllm_export.kernels import compile as ahead_of_time
 from tnllm_export.kernels.compile import SHARED_BYTES, compile_table
-from tnllm_export.kernels.compiled import INTEGERS, POINTERS
+from tnllm_export.kernels.compiled import INTEGERS, MAPS, POINTERS, UNUSED
 from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_tile
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
     RECOMPUTE_CHUNKS,
@@ -47,7 +47,7 @@ def test_every_architecture_has_all_kernels_that_a_plan_may_choose():
             assert list(kernel.arguments) == sorted(
                 kernel.arguments, key=lambda name: ("scratch" in name, (*POINTERS, *INTEGERS).index(name))
             )
-            # Tensor maps are made on the device from Hopper on.
+            # From Hopper on, this kernel makes its tensor maps on the device.
             assert (kernel.scratch_bytes > 0) == (kernel.op == CHUNK and sm >= 90)
             assert kernel.scratch_alignment >= 1
     assert len({kernel.cubin for kernel in table.kernels}) == len(table.kernels)
@@ -69,7 +69,11 @@ def test_hopper_has_its_own_kernel_for_the_released_head_sizes():
     assert found == {(80, 64, "sweep_kernel"), *((*sizes, "sweep_hopper_kernel") for sizes in own)}
     assert len(kernels) == 3 * len(found)
     for kernel in table.kernels:
-        assert (kernel.scratch_bytes > 0) == (kernel.op == CHUNK)
+        own = kernel.entry == "sweep_hopper_kernel"
+        assert (kernel.scratch_bytes > 0) == (kernel.op == CHUNK and not own)
+        assert set(kernel.arguments) <= {*POINTERS, *MAPS, UNUSED, *INTEGERS}
+        assert [name for name in kernel.arguments if name in MAPS] == (list(MAPS) if own else [])
+        assert kernel.arguments[-2:] == ("scratch", "profile_scratch")
 
 
 def test_the_plan_and_the_kernel_for_hopper_name_the_same_sizes():

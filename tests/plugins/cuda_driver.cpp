@@ -9,19 +9,22 @@
 
 namespace {
 
-enum Call { kModule, kFunction, kMemset, kCopy, kLaunch, kCalls };
+enum Call { kModule, kFunction, kMemset, kCopy, kLaunch, kMap, kCalls };
 
 struct State {
     int64_t counts[kCalls];
     int32_t failing;  // which call fails, -1 without one
     int32_t capability, processors, context;
     uint32_t grid[3], threads, sharedBytes;
-    uint64_t arguments[40];
+    uint64_t arguments[64];
     int64_t argumentCount;  // to be set by the caller: the driver knows it from the kernel
     uint64_t memset[2], copy[3];
+    uint64_t mapSizes[4], mapStrides[3];
+    uint32_t mapBlock[4];
+    uint64_t stream, capture;
 };
 
-State gState{{}, -1, 86, 20, 1, {}, 0, 0, {}, 0, {}, {}};
+State gState{{}, -1, 86, 20, 1, {}, 0, 0, {}, 0, {}, {}, {}, {}, {}, 0, 0};
 void* gReal = nullptr;
 
 template <typename Function>
@@ -158,6 +161,52 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
     for (int64_t i = 0; i < gState.argumentCount; ++i) {
         std::memcpy(&gState.arguments[i], arguments[i], sizeof(uint64_t));
     }
+    return 0;
+}
+
+struct LaunchConfig {
+    unsigned grid[3], block[3], sharedBytes;
+    void* stream;
+    void* attributes;
+    unsigned attributeCount;
+};
+
+int cuLaunchKernelEx(LaunchConfig const* config, void* function, void** arguments, void** extra)
+{
+    gState.stream = reinterpret_cast<uint64_t>(config->stream);
+    return cuLaunchKernel(function, config->grid[0], config->grid[1], config->grid[2], config->block[0],
+        config->block[1], config->block[2], config->sharedBytes, config->stream, arguments, extra);
+}
+
+// Without a real driver, a map begins with its address.
+int cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, uint64_t const* sizes,
+    uint64_t const* strides, uint32_t const* block, uint32_t const* steps, int interleave, int swizzle, int promotion,
+    int fill)
+{
+    if (counts(kMap)) {
+        return 1;
+    }
+    if (gReal != nullptr) {
+        return real<int (*)(uint64_t*, int, unsigned, void*, uint64_t const*, uint64_t const*, uint32_t const*,
+            uint32_t const*, int, int, int, int)>("cuTensorMapEncodeTiled")(
+            map, type, rank, address, sizes, strides, block, steps, interleave, swizzle, promotion, fill);
+    }
+    bool const expected = reinterpret_cast<uintptr_t>(map) % 64 == 0 && type == 9 && rank == 4 && swizzle == 3;
+    if (!expected) {
+        return 1;
+    }
+    map[0] = reinterpret_cast<uint64_t>(address);
+    std::memcpy(gState.mapSizes, sizes, sizeof(gState.mapSizes));
+    std::memcpy(gState.mapStrides, strides, sizeof(gState.mapStrides));
+    std::memcpy(gState.mapBlock, block, sizeof(gState.mapBlock));
+    return 0;
+}
+
+int cuStreamGetCaptureInfo_v2(void* stream, int* status, uint64_t* id, void*, void*, void*)
+{
+    gState.stream = reinterpret_cast<uint64_t>(stream);
+    *status = gState.capture != 0;
+    *id = gState.capture;
     return 0;
 }
 

@@ -23,6 +23,13 @@ CHUNK_ARGUMENTS = (
     *("query", "key", "value", "slope_rate", "past_state", "lengths", "output", "present_state", "carry", "progress"),
     *("T", "H", "query_stride_b", "past_stride_k", "scratch", "profile_scratch"),
 )
+MAP_ARGUMENTS = (
+    *("query_map", *["unused"] * 8, "key_map", *["unused"] * 8, "value_map", *["unused"] * 8, "output_map"),
+    *(*["unused"] * 8, "output", "slope_rate", "past_state", "lengths", "present_state", "carry", "progress"),
+    *("T", "H", "output_stride_b", "output_stride_t", "scratch", "profile_scratch"),
+)
+"""Of a kernel that loads and stores by tensor maps."""
+
 STEP_ARGUMENTS = (
     *("query", "key", "value", "slope_rate", "past_state", "output", "present_state"),
     *("H", "query_stride_b", "query_stride_h", "scratch", "profile_scratch"),

@@ -7,7 +7,9 @@ import torch
 
 from benchmarks.plugin_driver import RUNTIME, PluginError, PluginLibrary
 from tests.plugins.cuda_driver import CudaDriver
-from tests.plugins.fake import CHUNK_ARGUMENTS, STEP_ARGUMENTS
+from tests.plugins.fake import CHUNK_ARGUMENTS, MAP_ARGUMENTS, STEP_ARGUMENTS, fake
+from tnllm_export.kernels.compiled import KernelTable
+from tnllm_export.plugins.library import build_library
 
 CHUNK, STEP = "LightningAttention", "LightningAttentionStep"
 K, V = 96, 48
@@ -76,6 +78,34 @@ def test_a_kernel_is_told_addresses_and_strides_that_need_more_than_32_bits(cuda
         assert cuda.state.count("memset") == 0
     else:
         assert cuda.state.grid[0] == B * H * 3
+
+
+def test_a_kernel_is_told_tensor_maps_of_dense_activations(plugin_driver, cache, tmp_path):
+    handovers = ("none", "recompute", "lookback")
+    kernels = [fake(CHUNK, 86, "bfloat16", K, V, 16, 64, handover, MAP_ARGUMENTS) for handover in handovers]
+    library = build_library(KernelTable(tuple(kernels), recompute_chunks=256, step_programs=16), cache=cache)
+    cuda = CudaDriver(library, tmp_path)
+    plugin = PluginLibrary(plugin_driver, cuda.library).create(CHUNK)
+    B, T, H = 2, 1 << 21, 32
+    bound = tensors(CHUNK, B, T, H)
+    cuda.state.argument_count = len(MAP_ARGUMENTS)
+    plugin.run(bound, WORKSPACE)
+    assert (cuda.state.count("map"), cuda.state.count("launch")) == (4, 1)
+    told = dict(zip(MAP_ARGUMENTS, cuda.state.arguments, strict=False))
+    for name, tensor in zip(("query", "key", "value"), bound, strict=False):
+        assert told[f"{name}_map"] == tensor.address  # with which this driver's maps begin
+    assert told["output_map"] == told["output"] == bound[6].address
+    assert told["unused"] == 0
+    assert (told["T"], told["H"], told["output_stride_t"]) == (T, H, H * V)
+    assert told["output_stride_b"] == T * H * V > 1 << 31
+    # The output's map was made last.
+    assert tuple(cuda.state.map_sizes) == (V, H, T, B)
+    assert tuple(cuda.state.map_strides) == (2 * V, 2 * H * V, 2 * T * H * V)
+    assert tuple(cuda.state.map_block) == (64, 1, 64, 1)
+    cuda.state.fail("map")
+    with pytest.raises(PluginError, match=r"kernel .* could not be launched: CUDA_ERROR"):
+        plugin.run(bound, WORKSPACE)
+    assert cuda.state.count("launch") == 1
 
 
 def test_a_look_back_begins_with_cleared_counters_in_the_workspace(cuda, plugins):

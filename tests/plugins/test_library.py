@@ -114,12 +114,13 @@ def test_an_argument_that_the_launcher_does_not_know_is_named(table, tmp_path):
 
 
 def test_the_sources_are_readable_and_say_their_arguments_in_the_order_of_the_seam():
-    from tnllm_export.kernels.compiled import INTEGERS, POINTERS
+    from tnllm_export.kernels.compiled import INTEGERS, MAPS, POINTERS, UNUSED
 
     text = (SOURCES / "kernels.h").read_text()
     block = text.split("enum class Argument : uint8_t {")[1].split("}")[0]
-    assert tuple(name.strip() for name in block.split(",") if name.strip()) == (*POINTERS, *INTEGERS)
+    assert tuple(name.strip() for name in block.split(",") if name.strip()) == (*POINTERS, *MAPS, UNUSED, *INTEGERS)
     assert f"kPointers = {len(POINTERS)};" in text
+    assert f"kMaps = {len(MAPS)};" in text
     for path in Path(SOURCES).rglob("*.*"):
         assert path.stat().st_mode & stat.S_IRUSR
         assert max(len(line) for line in path.read_text().splitlines()) <= 130

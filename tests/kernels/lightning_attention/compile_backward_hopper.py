@@ -2,22 +2,8 @@
 
 import json
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
-
-from tnllm_export.kernels.lightning_attention.backward_hopper import backward_hopper_kernel as kernel
-
-FLOAT32 = ("p_slope_rate", "p_past_state", "p_grad_state", "p_grad_past", "p_carry")
-INT32 = ("p_lengths", "p_progress")
-
-
-def type_of(argument):
-    if argument in FLOAT32:
-        return "*fp32"
-    if argument in INT32:
-        return "*i32"
-    return "*bf16" if argument.startswith("p_") else "i32"
+from tnllm_export.kernels.lightning_attention.backward_hopper import backward_hopper_kernel
+from tnllm_export.kernels.lightning_attention.hopper_launch import compile_hopper
 
 
 def main():
@@ -30,17 +16,7 @@ def main():
         for handover in handovers:
             constants = {"K": K, "V": V, "PARTS": parts, "SWEEPS": sweeps, "HANDOVER": handover}
             constants |= {"past_stride_v": 1, "grad_state_stride_v": 1}
-            names = list(enumerate(kernel.arg_names))
-            signature = {name: "constexpr" if name in constants else type_of(name) for _, name in names}
-            attributes = {
-                (index,): [["tt.divisibility", 16]]
-                for index, name in names
-                if name not in constants and (name.startswith("p_") or "stride" in name)
-            }
-            source = GluonASTSource(
-                kernel, signature, {(i,): constants[name] for i, name in names if name in constants}, attributes
-            )
-            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+            compiled, parameters = compile_hopper(backward_hopper_kernel, constants)
             ptx = compiled.asm["ptx"]
             line = {
                 "K": K,
@@ -48,8 +24,10 @@ def main():
                 "parts": parts,
                 "handover": handover,
                 "shared_bytes": compiled.metadata.shared,
+                "scratch_bytes": compiled.metadata.global_scratch_size,
                 "products": ptx.count("wgmma.mma_async"),
                 "traps": ptx.count("trap;"),
+                "maps": sum(name.endswith("_map") for name in parameters),
             }
             print(json.dumps(line), flush=True)
 

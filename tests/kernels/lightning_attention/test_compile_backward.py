@@ -24,3 +24,5 @@ def test_the_launch_of_a_backward_fits_hopper(lines_of):
         assert line["shared_bytes"] <= SHARED_BYTES[90], line
         assert line["products"] > 0, line
         assert line["traps"] == 0, line
+        assert line["scratch_bytes"] == 0, line
+        assert line["maps"] == 7, line

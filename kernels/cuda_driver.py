@@ -1,0 +1,195 @@
+"""The few calls of the CUDA driver that launch a kernel which somebody else has compiled, by ctypes.
+
+torch has made a context current wherever they are used. A launch that is prepared here costs the host a few
+microseconds, which Triton's launcher takes several times: it finds out anew what it is given.
+"""
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+MAP_BYTES = 128
+"""Of a tensor map (CUtensorMap)."""
+
+_MAP_ALIGNMENT = 64
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
+_BFLOAT16, _SWIZZLE_128B, _NONE = 9, 3, 0  # of CUtensorMapDataType, CUtensorMapSwizzle, and of the others
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        *((f"grid_{axis}", ctypes.c_uint) for axis in "xyz"),
+        *((f"block_{axis}", ctypes.c_uint) for axis in "xyz"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """Where the copy engine finds blocks of a tensor: sizes and strides, but not the address.
+
+    Attributes:
+        sizes: From the innermost dimension on, which is dense.
+        strides: In bytes, multiples of 16, from the second dimension on.
+        block: Sizes of a block, from the innermost dimension on; that one has 128 bytes.
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+    def encode(self, address: int) -> "EncodedMap":
+        """Encode the map of a bfloat16 tensor at an address, a multiple of 16. What lies outside reads as 0.
+
+        Raises:
+            RuntimeError: The driver refuses.
+        """
+        memory = ctypes.create_string_buffer(MAP_BYTES + _MAP_ALIGNMENT)
+        place = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+        rank = len(self.sizes)
+        _check(
+            _driver().cuTensorMapEncodeTiled(
+                ctypes.c_void_p(place),
+                _BFLOAT16,
+                ctypes.c_uint(rank),
+                ctypes.c_void_p(address),
+                (ctypes.c_uint64 * rank)(*self.sizes),
+                (ctypes.c_uint64 * (rank - 1))(*self.strides),
+                (ctypes.c_uint32 * rank)(*self.block),
+                (ctypes.c_uint32 * rank)(*[1] * rank),
+                _NONE,
+                _SWIZZLE_128B,
+                _NONE,
+                _NONE,
+            ),
+            f"a tensor map of {self} at {address:#x}",
+        )
+        return EncodedMap(memory, place)
+
+
+@dataclass(frozen=True)
+class EncodedMap:
+    """A tensor map as a kernel takes it, and the memory that it lies in."""
+
+    memory: Any
+    place: int
+
+
+def load_function(code: bytes, entry: str, shared_bytes: int) -> int:
+    """Load a kernel into the current context, which keeps it, and return its handle.
+
+    Raises:
+        RuntimeError: The driver refuses.
+    """
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), code), f"loading {entry}")
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, entry.encode()), f"finding {entry}")
+    _check(
+        _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes),
+        f"{shared_bytes} bytes of shared memory for {entry}",
+    )
+    return int(function.value or 0)
+
+
+def capture_of(stream: int) -> int:
+    """Return the number of the CUDA graph that a stream is captured into, 0 if there is none.
+
+    Raises:
+        RuntimeError: The capture has failed.
+    """
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    _check(
+        _driver().cuStreamGetCaptureInfo_v2(
+            ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
+        ),
+        "asking what a stream is captured into",
+    )
+    return number.value if status.value == _CAPTURING else 0
+
+
+class PreparedLaunch:
+    """A kernel with its grid and all arguments but addresses, to be launched many times, by one thread at a time.
+
+    Args:
+        function: Handle of the kernel.
+        grid: Programs.
+        threads: Of a program.
+        shared_bytes: Dynamic shared memory of a program.
+        parameters: Of the kernel in order: None for a tensor map, "" for an address, or a number.
+    """
+
+    def __init__(
+        self,
+        function: int,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        parameters: Sequence[int | str | None],
+    ) -> None:
+        self._function = ctypes.c_void_p(function)
+        self._config = _LaunchConfig(*grid, threads, 1, 1, shared_bytes, None, None, 0)
+        self._config_place = ctypes.byref(self._config)
+        self._map_places = [place for place, value in enumerate(parameters) if value is None]
+        addresses = [place for place, value in enumerate(parameters) if value == ""]
+        self._address_count = len(addresses)
+        self._addresses = (ctypes.c_uint64 * max(len(addresses), 1))()
+        # The driver reads as many bytes as a parameter has, the low ones first.
+        self._numbers = (ctypes.c_int64 * max(len(parameters), 1))()
+        self._parameters = (ctypes.c_void_p * len(parameters))()
+        for place, value in enumerate(parameters):
+            if isinstance(value, int):
+                self._numbers[place] = value
+            self._parameters[place] = ctypes.addressof(self._numbers) + 8 * place
+        for index, place in enumerate(addresses):
+            self._parameters[place] = ctypes.addressof(self._addresses) + 8 * index
+        self._launch = _driver().cuLaunchKernelEx
+
+    def __call__(self, maps: Sequence[EncodedMap], addresses: Sequence[int], stream: int) -> None:
+        """Launch it.
+
+        Args:
+            maps: Tensor maps, in the order of the parameters.
+            addresses: Likewise.
+            stream: Handle of a stream.
+
+        Raises:
+            RuntimeError: The driver refuses.
+        """
+        parameters = self._parameters
+        for place, tensor_map in zip(self._map_places, maps, strict=True):
+            parameters[place] = tensor_map.place
+        self._addresses[: self._address_count] = addresses
+        self._config.stream = stream
+        result = self._launch(self._config_place, self._function, parameters, None)
+        if result:
+            _check(result, "launching a kernel")
+
+
+class PerThread(threading.local):
+    """One object for each thread, which is made when it is first wanted."""
+
+    def __init__(self) -> None:
+        self.made: Any = None
+
+
+@cache
+def _driver() -> Any:
+    # The calls are short: whoever makes one keeps the interpreter's lock.
+    return ctypes.PyDLL("libcuda.so.1")
+
+
+def _check(result: int, what: str) -> None:
+    if result == 0:
+        return
+    name = ctypes.c_char_p()
+    _driver().cuGetErrorName(result, ctypes.byref(name))
+    raise RuntimeError(f"{what}: the CUDA driver answered {(name.value or b'an unknown error').decode()} ({result})")

@@ -1,0 +1,162 @@
+"""Compiling and launching the kernels for Hopper, `sweep_hopper.py` and `backward_hopper.py`.
+
+Their tensor maps are parameters that the host encodes: a map that a program makes for itself takes it most of a
+microsecond, and memory. A map depends on sizes, strides and address, so it is kept for the addresses that come again.
+"""
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnllm_export.kernels.cuda_driver import EncodedMap, PerThread, PreparedLaunch, TensorMap, load_function
+
+CHUNK = 64
+BLOCK_COLUMNS = 64
+"""A block of a tensor map: so many tokens of one head, and so many columns."""
+
+KEPT_MAPS = 1024
+"""Addresses of one argument whose maps are kept."""
+
+_MAPS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
+_BFLOAT16 = ("p_output", "p_grad_query", "p_grad_key", "p_grad_value")
+_INT32 = ("p_lengths", "p_progress")
+_MAP_TYPE = (
+    f"tensordesc<bf16[1, {CHUNK}, 1, {BLOCK_COLUMNS}],"
+    "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)>"
+)
+_MAP_NUMBERS = 8
+"""Sizes and strides, which Triton passes along with a map of four dimensions, and which these kernels do not read."""
+
+
+def compile_hopper(kernel: Any, constants: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Compile a kernel for compute capability 9.0, without a GPU.
+
+    Args:
+        kernel: `sweep_hopper_kernel` or `backward_hopper_kernel`.
+        constants: Values of its constants, and of strides that are known.
+
+    Returns:
+        What Triton made, and the names of the compiled kernel's parameters in order: "query_map" for the map of a
+        tensor and "unused" for what is not read, "p_" left out of those of addresses.
+    """
+    import triton  # noqa: PLC0415
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.experimental.gluon._runtime import GluonASTSource  # noqa: PLC0415
+
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else _type(name) for name in names}
+    # What is read and written in vectors.
+    aligned = [name for name in names if name in (*_BFLOAT16, "p_carry") or name.startswith("output_stride")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants}
+    source = GluonASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()},
+                            attributes)  # fmt: skip
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    parameters: list[str] = []
+    for name in names:
+        if name in _MAPS:
+            parameters += [f"{name}_map", *["unused"] * _MAP_NUMBERS]
+        elif name not in constants:
+            parameters.append(name.removeprefix("p_"))
+    return compiled, [*parameters, "scratch", "profile_scratch"]
+
+
+def _type(name: str) -> str:
+    if name in _MAPS:
+        return _MAP_TYPE
+    if name.startswith("p_"):
+        return "*bf16" if name in _BFLOAT16 else "*i32" if name in _INT32 else "*fp32"
+    # From one sequence of a batch to the next may be more than 2^31 elements.
+    return "i64" if name.endswith(("_stride_b", "_stride_h")) else "i32"
+
+
+def map_of(shape: Sequence[int], strides: Sequence[int]) -> TensorMap:
+    """Return the tensor map of bfloat16 activations [B, T, H, D], with strides in elements."""
+    *sizes, columns = shape
+    # No stride is followed along a dimension of one place, but the driver wants it valid.
+    steps = [2 * (columns if size == 1 else stride) for size, stride in zip(sizes, strides, strict=False)]
+    return TensorMap((columns, *sizes[::-1]), tuple(steps[::-1]), (BLOCK_COLUMNS, 1, CHUNK, 1))
+
+
+class HopperLaunch:
+    """One launch of a kernel, for all tensors of the same sizes and strides on one device.
+
+    Args:
+        kernel: `sweep_hopper_kernel` or `backward_hopper_kernel`.
+        constants: Its constants by name.
+        grid: Programs.
+        maps: Tensor maps of the activations, in order.
+        numbers: Arguments that are numbers, by name.
+        device: Where it runs.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        constants: dict[str, Any],
+        grid: tuple[int, int, int],
+        maps: Sequence[TensorMap],
+        numbers: dict[str, int],
+        device: torch.device,
+    ) -> None:
+        known = {name: 1 for name, value in numbers.items() if value == 1 and name.endswith(("_stride_k", "_stride_v"))}
+        self._arguments = (kernel, tuple((constants | known).items()), device)
+        self._grid = grid
+        self._maps = maps
+        self._encoded: list[dict[int, EncodedMap]] = [{} for _ in maps]
+        self._numbers = numbers
+        self._device_index = device.index
+        self._prepared = PerThread()
+
+    def __call__(self, activations: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Launch it on the current stream of its device, which is current.
+
+        Args:
+            activations: Tensors of the maps, in order. Their addresses are multiples of 16.
+            others: Tensors of the other addresses, in order.
+        """
+        maps = []
+        for kept, tensor_map, tensor in zip(self._encoded, self._maps, activations, strict=True):
+            address = tensor.data_ptr()
+            encoded = kept.get(address)
+            if encoded is None:
+                if len(kept) >= KEPT_MAPS:
+                    kept.clear()
+                encoded = kept[address] = tensor_map.encode(address)
+            maps.append(encoded)
+        launch = self._prepared.made
+        if launch is None:
+            launch = self._prepared.made = self._prepare()
+        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+        launch(maps, [tensor.data_ptr() for tensor in others], stream)
+
+    def _prepare(self) -> PreparedLaunch:
+        function, threads, shared_bytes, names = _loaded(*self._arguments)
+        parameters = [_parameter(name, self._numbers) for name in names]
+        return PreparedLaunch(function, self._grid, threads, shared_bytes, parameters)
+
+
+def _parameter(name: str, numbers: dict[str, int]) -> int | str | None:
+    if name.endswith("_map"):
+        return None
+    if name in numbers:
+        return numbers[name]
+    return 0 if name in ("unused", "scratch", "profile_scratch") else ""
+
+
+@lru_cache(maxsize=256)
+def _loaded(
+    kernel: Any, constants: tuple[tuple[str, Any], ...], device: torch.device
+) -> tuple[int, int, int, list[str]]:
+    """Return handle, threads, shared memory and parameters of a compiled kernel on a device, which is current."""
+    compiled, names = _compiled(kernel, constants)
+    metadata = compiled.metadata
+    function = load_function(compiled.asm["cubin"], metadata.name, metadata.shared)
+    return function, 32 * metadata.num_warps, metadata.shared, names
+
+
+@cache
+def _compiled(kernel: Any, constants: tuple[tuple[str, Any], ...]) -> tuple[Any, list[str]]:
+    return compile_hopper(kernel, dict(constants))
