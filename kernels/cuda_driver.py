@@ -1,7 +1,7 @@
 """The few calls of the CUDA driver that launch a kernel which somebody else has compiled, by ctypes.
 
-torch has made a context current wherever they are used. A launch that is prepared here costs the host a few
-microseconds, which Triton's launcher takes several times: it finds out anew what it is given.
+A launch that is prepared here costs the host a few microseconds. Triton's launcher takes several times as long: it
+finds out anew what it is given.
 """
 
 import ctypes
@@ -82,6 +82,32 @@ class EncodedMap:
 
     memory: Any
     place: int
+
+
+class _Thread(threading.local):
+    """Whether a thread is known to have a context."""
+
+    has_context = False
+
+
+_thread = _Thread()
+
+
+def use_context(device: int) -> None:
+    """Make a device's context current in this thread if none is: autograd's threads begin without one.
+
+    Raises:
+        RuntimeError: The driver refuses.
+    """
+    if _thread.has_context:
+        return
+    driver, context, handle = _driver(), ctypes.c_void_p(), ctypes.c_int()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for the current context")
+    if not context.value:
+        _check(driver.cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), f"the context of device {device}")
+        _check(driver.cuCtxSetCurrent(context), f"making the context of device {device} current")
+    _thread.has_context = True
 
 
 def load_function(code: bytes, entry: str, shared_bytes: int) -> int:

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnllm_export.kernels.cuda_driver import EncodedMap, PerThread, PreparedLaunch, TensorMap, load_function
+from tnllm_export.kernels.cuda_driver import (
+    EncodedMap,
+    PerThread,
+    PreparedLaunch,
+    TensorMap,
+    load_function,
+    use_context,
+)
 
 CHUNK = 64
 BLOCK_COLUMNS = 64
@@ -117,6 +124,7 @@ class HopperLaunch:
             activations: Tensors of the maps, in order. Their addresses are multiples of 16.
             others: Tensors of the other addresses, in order.
         """
+        use_context(self._device_index)
         maps = []
         for kept, tensor_map, tensor in zip(self._encoded, self._maps, activations, strict=True):
             address = tensor.data_ptr()

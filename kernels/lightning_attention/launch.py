@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tnllm_export.kernels.cuda_driver import capture_of
+from tnllm_export.kernels.cuda_driver import capture_of, use_context
 
 LIMIT = 4096
 """Keys that are remembered; they hold sizes, and a server sees many."""
@@ -77,6 +77,7 @@ def zero_counters(count: int, device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
+    use_context(device.index)
     stream = torch.cuda.current_stream(device).cuda_stream
     key = count, device, stream, capture_of(stream)
     ready = _stock.counters.get(key)

@@ -1,12 +1,13 @@
 """What the CUDA driver is told of a launch that Python prepares: with a driver of our own, on a machine without one."""
 
 import ctypes
+import threading
 
 import pytest
 
 from tests.plugins.cuda_driver import compile_driver, state_of
 from tnllm_export.kernels import cuda_driver
-from tnllm_export.kernels.cuda_driver import PreparedLaunch, TensorMap, capture_of, load_function
+from tnllm_export.kernels.cuda_driver import PreparedLaunch, TensorMap, capture_of, load_function, use_context
 from tnllm_export.kernels.lightning_attention.hopper_launch import map_of
 
 MAP = TensorMap(sizes=(128, 32, 1000, 2), strides=(256, 8192, 8192000), block=(64, 1, 64, 1))
@@ -56,6 +57,15 @@ def test_what_the_driver_refuses_is_named(state):
         state.fail(call)
         with pytest.raises(RuntimeError, match=f"{words}.*: the CUDA driver answered CUDA_ERROR"):
             attempt()
+
+
+def test_a_thread_without_a_context_gets_that_of_the_device(state):
+    state.context = 0
+    for device in (3, 4):
+        thread = threading.Thread(target=use_context, args=(device,))
+        thread.start()
+        thread.join()
+        assert state.context == 103  # the second thread found one
 
 
 def test_a_capture_is_told_from_none(state):

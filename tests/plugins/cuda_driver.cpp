@@ -80,6 +80,25 @@ int cuCtxGetDevice(int* device)
     return 0;
 }
 
+int cuCtxSetCurrent(void* context)
+{
+    gState.context = int32_t(reinterpret_cast<uintptr_t>(context));
+    return 0;
+}
+
+int cuDeviceGet(int* device, int ordinal)
+{
+    *device = ordinal;
+    return 0;
+}
+
+// The number of a device's context is 100 more than its own.
+int cuDevicePrimaryCtxRetain(void** context, int device)
+{
+    *context = reinterpret_cast<void*>(uintptr_t(100 + device));
+    return 0;
+}
+
 int cuDeviceGetAttribute(int* value, int attribute, int device)
 {
     if (gReal != nullptr) {

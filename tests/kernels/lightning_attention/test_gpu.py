@@ -258,6 +258,41 @@ def test_a_replayed_cuda_graph_gives_the_same_bits(on_gpu, T):
             assert torch.equal(found, reference)
 
 
+def test_a_graph_of_many_look_backs_sets_their_counters_anew(on_gpu):
+    inputs = on_gpu(1, 16384, 4, 128, 128)
+    output, state = lightning_attention(*inputs)
+    for _ in range(2):  # what one graph leaves is not taken by the next
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = [lightning_attention(*inputs) for _ in range(40)]
+        for _ in range(3):
+            for x in captured:
+                x[0].fill_(torch.nan)
+            graph.replay()
+            assert all(torch.equal(found, output) and torch.equal(again, state) for found, again in captured)
+        again, _ = lightning_attention(*inputs)
+        assert torch.equal(again, output)
+
+
+@pytest.mark.parametrize(("K", "V"), [(64, 128), (128, 128), (256, 128), (80, 48)], ids=str)
+def test_what_stands_in_padding_is_never_read(on_gpu, K, V):
+    query, key, value, slope_rate, past_state, _ = on_gpu(4, 700, 2, K, V)
+    lengths = torch.tensor([700, 1, 65, 511], dtype=torch.int32, device="cuda")
+    grad_output = torch.randn_like(value)
+
+    def run():
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        output, state = lightning_attention(*leaves, slope_rate, past_state, lengths)
+        return output.detach(), state.detach(), *torch.autograd.grad(output, leaves, grad_output)
+
+    expected = run()
+    for b, n in enumerate(lengths.tolist()):
+        for x in (query, key, value, grad_output):
+            x[b, n:] = torch.nan
+    for found, reference in zip(run(), expected, strict=True):
+        assert torch.equal(found, reference)
+
+
 def test_a_step_in_place_can_be_captured(step_inputs):
     from tnllm_export.kernels.lightning_attention.step_kernel import step
 
@@ -382,6 +417,7 @@ def test_the_gradient_of_slope_rate_takes_bounded_memory(on_gpu, relative_error,
 def _one_by_one(run, monkeypatch=pytest.MonkeyPatch):
     """Run with a synchronisation after each kernel."""
     from tnllm_export.kernels.lightning_attention import chunk, step_kernel
+    from tnllm_export.kernels.lightning_attention.hopper_launch import HopperLaunch
 
     def waiting(launch):
         def launch_and_wait(*args, **kwargs):
@@ -393,6 +429,7 @@ def _one_by_one(run, monkeypatch=pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         for module in (chunk, step_kernel):
             patch.setattr(module, "launch", waiting(module.launch))
+        patch.setattr(HopperLaunch, "__call__", waiting(HopperLaunch.__call__))
         return run()
 
 
