@@ -166,7 +166,7 @@ class PreparedLaunch:
         self._config_place = ctypes.byref(self._config)
         self._map_places = [place for place, value in enumerate(parameters) if value is None]
         addresses = [place for place, value in enumerate(parameters) if value == ""]
-        self._address_count = len(addresses)
+        self._address_places = range(len(addresses))
         self._addresses = (ctypes.c_uint64 * max(len(addresses), 1))()
         # The driver reads as many bytes as a parameter has, the low ones first.
         self._numbers = (ctypes.c_int64 * max(len(parameters), 1))()
@@ -193,7 +193,8 @@ class PreparedLaunch:
         parameters = self._parameters
         for place, tensor_map in zip(self._map_places, maps, strict=True):
             parameters[place] = tensor_map.place
-        self._addresses[: self._address_count] = addresses
+        for place, address in zip(self._address_places, addresses, strict=True):
+            self._addresses[place] = address
         self._config.stream = stream
         result = self._launch(self._config_place, self._function, parameters, None)
         if result:

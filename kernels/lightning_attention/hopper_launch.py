@@ -97,6 +97,9 @@ class HopperLaunch:
         maps: Tensor maps of the activations, in order.
         numbers: Arguments that are numbers, by name.
         device: Where it runs.
+
+    Raises:
+        ValueError: A state's rows or columns are too far apart.
     """
 
     def __init__(
@@ -108,6 +111,9 @@ class HopperLaunch:
         numbers: dict[str, int],
         device: torch.device,
     ) -> None:
+        far = {name: value for name, value in numbers.items() if _type(name) == "i32" and value >= 1 << 31}
+        if far:
+            raise ValueError(f"found {far}; expected steps of fewer than 2^31 numbers: make the state contiguous")
         known = {name: 1 for name, value in numbers.items() if value == 1 and name.endswith(("_stride_k", "_stride_v"))}
         self._arguments = (kernel, tuple((constants | known).items()), device)
         self._grid = grid

@@ -42,8 +42,9 @@ def test_a_launch_gets_maps_addresses_and_numbers_in_their_places(state):
     assert tuple(state.grid) == (5, 3, 1)
     assert (state.threads, state.shared_bytes) == (384, 1 << 16)
     assert (state.count("module"), state.count("launch")) == (1, 2)
-    with pytest.raises(ValueError, match="shorter"):
-        launch(maps[:1], (16, 32), 0)
+    for few in ((maps[:1], (16, 32)), (maps, (16,))):
+        with pytest.raises(ValueError, match="shorter"):
+            launch(*few, 0)
 
 
 def test_what_the_driver_refuses_is_named(state):
