@@ -61,13 +61,18 @@ def compile_hopper(kernel: Any, constants: dict[str, Any]) -> tuple[Any, list[st
     source = GluonASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()},
                             attributes)  # fmt: skip
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return compiled, parameters_of(kernel, constants)
+
+
+def parameters_of(kernel: Any, constants: dict[str, Any]) -> list[str]:
+    """Return the second result of `compile_hopper`, which needs no compiler."""
     parameters: list[str] = []
-    for name in names:
+    for name in kernel.arg_names:
         if name in _MAPS:
             parameters += [f"{name}_map", *["unused"] * _MAP_NUMBERS]
         elif name not in constants:
             parameters.append(name.removeprefix("p_"))
-    return compiled, [*parameters, "scratch", "profile_scratch"]
+    return [*parameters, "scratch", "profile_scratch"]
 
 
 def _type(name: str) -> str:

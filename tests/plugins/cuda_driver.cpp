@@ -16,7 +16,7 @@ struct State {
     int32_t failing;  // which call fails, -1 without one
     int32_t capability, processors, context;
     uint32_t grid[3], threads, sharedBytes;
-    uint64_t arguments[64];
+    uint64_t arguments[128];
     int64_t argumentCount;  // to be set by the caller: the driver knows it from the kernel
     uint64_t memset[2], copy[3];
     uint64_t mapSizes[4], mapStrides[3];

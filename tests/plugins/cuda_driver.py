@@ -22,7 +22,7 @@ class State(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("threads", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
-        ("arguments", ctypes.c_uint64 * 64),
+        ("arguments", ctypes.c_uint64 * 128),
         ("argument_count", ctypes.c_int64),
         ("memset", ctypes.c_uint64 * 2),
         ("copy", ctypes.c_uint64 * 3),
