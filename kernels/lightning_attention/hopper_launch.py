@@ -24,7 +24,7 @@ CHUNK = 64
 BLOCK_COLUMNS = 64
 """A block of a tensor map: so many tokens of one head, and so many columns."""
 
-KEPT_MAPS = 1024
+KEPT_MAPS = 128
 """Addresses of one argument whose maps are kept."""
 
 _MAPS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
