@@ -3,7 +3,7 @@
 Where three chunks have buffers, the group that makes scores starts the copies, too (`hopper_prepare.py`). With 256 keys
 there is room for two, and whoever makes scores is too busy to refill one in time: a warp of its own does nothing else.
 
-The tensor maps of queries, keys and values come with the launch ([B, T, H, D], see `tensor_maps.py`).
+The tensor maps of queries, keys and values, [B, T, H, D], come with the launch (`hopper_launch.py`).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
