@@ -5,10 +5,11 @@ finds out anew what it is given.
 """
 
 import ctypes
+import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 MAP_BYTES = 128
@@ -166,8 +167,8 @@ class PreparedLaunch:
         self._config_place = ctypes.byref(self._config)
         self._map_places = [place for place, value in enumerate(parameters) if value is None]
         addresses = [place for place, value in enumerate(parameters) if value == ""]
-        self._address_places = range(len(addresses))
         self._addresses = (ctypes.c_uint64 * max(len(addresses), 1))()
+        self._put_addresses = partial(struct.Struct(f"{len(addresses)}Q").pack_into, self._addresses, 0)
         # The driver reads as many bytes as a parameter has, the low ones first.
         self._numbers = (ctypes.c_int64 * max(len(parameters), 1))()
         self._parameters = (ctypes.c_void_p * len(parameters))()
@@ -193,8 +194,7 @@ class PreparedLaunch:
         parameters = self._parameters
         for place, tensor_map in zip(self._map_places, maps, strict=True):
             parameters[place] = tensor_map.place
-        for place, address in zip(self._address_places, addresses, strict=True):
-            self._addresses[place] = address
+        self._put_addresses(*addresses)
         self._config.stream = stream
         result = self._launch(self._config_place, self._function, parameters, None)
         if result:

@@ -130,7 +130,6 @@ def sweep(
                 reverse=reverse, tile=tile, plan=plan,
             )  # fmt: skip
         return
-    query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
     slope_rate, lengths = slope_rate.contiguous(), lengths.contiguous()
     present = past_state if present_state is None else present_state
     cut = _cut(
@@ -144,6 +143,12 @@ def sweep(
         tile,
         plan,
     )
+    if cut.needs_copies or (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15:
+        sweep(
+            _dense_rows(query), _dense_rows(key), _dense_rows(value), slope_rate, past_state, lengths, output,
+            present_state, reverse=reverse, tile=tile, plan=plan,
+        )  # fmt: skip
+        return
     states = (slope_rate, past_state, lengths)
     if cut.hopper is None:
         _launch(cut, (query, key, value, *states, output, present), (*states, present), past_state, lengths)
@@ -208,6 +213,8 @@ class _Cut:
     """Numbers in the look-back's buffer for states."""
     progress: int
     """Of its counters."""
+    needs_copies: bool = False
+    """Whether rows of query, key or value lie as no kernel takes them; nothing else is known then."""
     hopper: HopperLaunch | None = None
     """For the kernels for Hopper, all else; for the portable one, what follows."""
     kernel: Any = None
@@ -253,6 +260,11 @@ def _cut(
     plan: SweepPlan | None,
 ) -> _Cut:
     B, T, H, K = shape
+    values = torch.Size((B, T, H, V))
+    *activations, past, present = strides
+    read = zip((shape, shape, values), activations, strict=False)
+    if not all(_rows_fit(x, stride, dtype.itemsize) for x, stride in read):
+        return _Cut(grid=(0, 0, 0), carry=0, progress=0, needs_copies=True)
     activation = _ACTIVATIONS[dtype]
     if tile is not None:
         tiles: tuple[SweepTile, ...] = (tile,)
@@ -265,8 +277,6 @@ def _cut(
     columns = B * H * -(-V // tile.value_block)
     kind = {"REVERSE": reverse, "HANDOVER": plan.handover, "STORE_STATE": store_state}
     if tile.kernel == "hopper":
-        *activations, past, present = strides
-        values = torch.Size((B, T, H, V))
         maps = [map_of(x, stride) for x, stride in zip((shape, shape, values, values), activations, strict=True)]
         b, t, h, _ = activations[3]
         numbers = {"T": T, "H": H, "output_stride_b": b, "output_stride_t": t, "output_stride_h": h}
@@ -274,7 +284,6 @@ def _cut(
         constants = {"K": K, "V": V, "PARTS": tile.parts, **kind}
         return _hopper_cut(_hopper_kernel(), constants, maps, numbers, states, K, columns, tile, plan, device)
     sizes = K, V, key_block(K), tile.value_block, tile.chunk
-    *activations, past, present = strides
     return _Cut(
         kernel=sweep_kernel,
         numbers=(T, H, *(n for stride in activations for n in stride[:3]), *past, *present),
@@ -371,10 +380,15 @@ def _like(x: Tensor) -> Tensor:
 
 def _dense_rows(x: Tensor) -> Tensor:
     """X itself where its rows are dense and start at multiples of 16 bytes, as tensor maps want it; else a copy."""
-    b, t, h, d = x.stride()
-    B, T, H, D = x.shape
-    # Rows that overlap (an expanded gradient) are left to nobody's interpretation of a stride of 0.
-    apart = (b >= D or B == 1) and (t >= D or T == 1) and (h >= D or H == 1)
-    if d == 1 and apart and not ((b | t | h) * x.element_size() | x.data_ptr()) & 15:
+    if _rows_fit(x.shape, x.stride(), x.element_size()) and not x.data_ptr() & 15:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _rows_fit(shape: tuple[int, ...], strides: tuple[int, ...], element_size: int) -> bool:
+    """Whether rows are dense, and all at multiples of 16 bytes from the first one."""
+    b, t, h, d = strides
+    B, T, H, D = shape
+    # Rows that overlap (an expanded gradient) are left to nobody's interpretation of a stride of 0.
+    apart = (b >= D or B == 1) and (t >= D or T == 1) and (h >= D or H == 1)
+    return d == 1 and apart and not (b | t | h) * element_size & 15
