@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tnllm_export.kernels.cuda_driver import TensorMap
-from tnllm_export.kernels.lightning_attention.hopper_launch import HopperLaunch, map_of
+from tnllm_export.kernels.lightning_attention.hopper_launch import HopperLaunch, KernelUnavailable, map_of
 from tnllm_export.kernels.lightning_attention.launch import (
     allocate_with_torch,
     capability,
@@ -154,7 +154,11 @@ def sweep(
         _launch(cut, (query, key, value, *states, output, present), (*states, present), past_state, lengths)
     else:
         buffers = _handover_buffers(cut, past_state, lengths)
-        cut.hopper((query, key, value, output), (output, *states, present, *buffers))
+        try:
+            cut.hopper((query, key, value, output), (output, *states, present, *buffers))
+        except KernelUnavailable as error:
+            _leave_out_hopper(error)
+            sweep(query, key, value, slope_rate, past_state, lengths, output, present_state, reverse=reverse, plan=plan)
 
 
 def sweep_back(
@@ -192,10 +196,12 @@ def sweep_back(
     assert cut.hopper is not None
     written = past_state if d_state is None else d_state
     buffers = _handover_buffers(cut, past_state, lengths)
-    cut.hopper(
-        (query, key, value, grad_output, *gradients),
-        (*gradients, slope_rate, past_state, grad_state, lengths, written, *buffers),
-    )
+    others = (*gradients, slope_rate, past_state, grad_state, lengths, written, *buffers)
+    try:
+        cut.hopper((query, key, value, grad_output, *gradients), others)
+    except KernelUnavailable as error:
+        _leave_out_hopper(error)
+        return 0
     return _sweeps_at_once(query.shape[3], value.shape[3])
 
 
@@ -363,15 +369,27 @@ def _grid(rows: int, columns: int, tile: SweepTile, plan: SweepPlan) -> dict[str
     }
 
 
+_left_out: list[Exception] = []
+"""Why the kernels for Hopper are left out."""
+
+
 @cache
 def _hopper_kernel() -> Any:
-    """None where this Triton's Gluon is not the one that the kernel is written for."""
+    """None where this Triton's Gluon is not one that the kernel is written for."""
     try:
         from tnllm_export.kernels.lightning_attention.sweep_hopper import sweep_hopper_kernel  # noqa: PLC0415
     except (ImportError, AttributeError) as error:
-        warnings.warn(f"the kernel for Hopper is left out, which costs time: {error}", stacklevel=2)
-        return None
-    return sweep_hopper_kernel
+        _leave_out_hopper(error)
+    return None if _left_out else sweep_hopper_kernel
+
+
+def _leave_out_hopper(error: Exception) -> None:
+    """From now on take the portable kernel, which is slower, and say so once."""
+    if not _left_out:
+        warnings.warn(f"the kernels for Hopper are left out, which costs time: {error}", stacklevel=4)
+    _left_out.append(error)
+    for known in (_hopper_kernel, _cut, _backward_cut):
+        known.cache_clear()
 
 
 def _like(x: Tensor) -> Tensor:

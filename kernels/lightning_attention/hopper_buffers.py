@@ -4,6 +4,12 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+# triton 3.9 renamed them.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 C = gl.constexpr(64)  # tokens per chunk
 HALF = gl.constexpr(64)  # columns of the state that one group of warps owns
@@ -47,29 +53,50 @@ def walk_stages_of(K):
 
 
 @gluon.jit
-def block_of(tile, block: gl.constexpr):
-    """The block-th HALF columns of a tile [C, columns], as a tensor map's block [1, C, 1, HALF]."""
+def block_of(tiles, i, block: gl.constexpr):
+    """The block-th HALF columns of the i-th of tiles [N, C, columns], as a tensor map's block [1, C, 1, HALF]."""
+    BLOCKS: gl.constexpr = tiles.shape[2] // HALF
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return tile.slice(block * HALF, HALF, dim=1)._reinterpret(gl.bfloat16, [1, C, 1, HALF], layout)
+    # A tile is a row of such blocks.
+    blocks = reinterpret(tiles, gl.bfloat16, [tiles.shape[0] * BLOCKS, 1, C, 1, HALF], layout)
+    return blocks.index(i * BLOCKS + block)
+
+
+@gluon.jit
+def key_place(stage, part, PARTS: gl.constexpr):
+    """Place of a stage's keys among the row tiles."""
+    return stage * PARTS + part
+
+
+@gluon.jit
+def query_place(buffers, stage, part, PARTS: gl.constexpr):
+    """Place of a stage's queries among the row tiles."""
+    STAGES: gl.constexpr = buffers[AT_ROWS].shape[0] // (2 * PARTS)
+    return (STAGES + stage) * PARTS + part
+
+
+@gluon.jit
+def value_place(stage, half, PARTS: gl.constexpr):
+    """Place of a stage's values among the tiles."""
+    return stage * halves_of(PARTS) + half
 
 
 @gluon.jit
 def key_tile(buffers, stage, part, PARTS: gl.constexpr):
     """Keys of a stage, [C, K / PARTS]."""
-    return buffers[AT_ROWS].index(stage * PARTS + part)
+    return buffers[AT_ROWS].index(key_place(stage, part, PARTS))
 
 
 @gluon.jit
 def query_tile(buffers, stage, part, PARTS: gl.constexpr):
     """Queries of a stage, [C, K / PARTS]."""
-    STAGES: gl.constexpr = buffers[AT_ROWS].shape[0] // (2 * PARTS)
-    return buffers[AT_ROWS].index((STAGES + stage) * PARTS + part)
+    return buffers[AT_ROWS].index(query_place(buffers, stage, part, PARTS))
 
 
 @gluon.jit
 def value_tile(buffers, stage, half, PARTS: gl.constexpr):
     """Values of a stage, [C, HALF]."""
-    return buffers[AT_TILES].index(stage * halves_of(PARTS) + half)
+    return buffers[AT_TILES].index(value_place(stage, half, PARTS))
 
 
 @gluon.jit

@@ -92,6 +92,10 @@ def map_of(shape: Sequence[int], strides: Sequence[int]) -> TensorMap:
     return TensorMap((columns, *sizes[::-1]), tuple(steps[::-1]), (BLOCK_COLUMNS, 1, CHUNK, 1))
 
 
+class KernelUnavailable(Exception):  # noqa: N818
+    """This Triton's Gluon is not one that the kernels for Hopper are written for."""
+
+
 class HopperLaunch:
     """One launch of a kernel, for all tensors of the same sizes and strides on one device.
 
@@ -134,6 +138,9 @@ class HopperLaunch:
         Args:
             activations: Tensors of the maps, in order. Their addresses are multiples of 16.
             others: Tensors of the other addresses, in order.
+
+        Raises:
+            KernelUnavailable: The kernel can't be compiled.
         """
         use_context(self._device_index)
         maps = []
@@ -178,4 +185,8 @@ def _loaded(
 
 @cache
 def _compiled(kernel: Any, constants: tuple[tuple[str, Any], ...]) -> tuple[Any, list[str]]:
-    return compile_hopper(kernel, dict(constants))
+    try:
+        return compile_hopper(kernel, dict(constants))
+    except Exception as error:  # of many kinds, from Triton's own to LLVM's
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise KernelUnavailable(f"Triton could not compile it ({lines[-1]})") from error

@@ -10,7 +10,7 @@ The tensor maps of queries, keys and values, [B, T, H, D], come with the launch 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from tnllm_export.kernels.lightning_attention.hopper_arithmetic import chunk_start, in_direction
 from tnllm_export.kernels.lightning_attention.hopper_buffers import (
@@ -18,16 +18,18 @@ from tnllm_export.kernels.lightning_attention.hopper_buffers import (
     AT_EMPTY,
     AT_FULL,
     AT_ROWS,
+    AT_TILES,
     AT_WALK_EMPTY,
     AT_WALK_FULL,
     HALF,
     C,
+    async_load,
     block_of,
     halves_of,
-    key_tile,
-    query_tile,
+    key_place,
+    query_place,
     stages_of,
-    value_tile,
+    value_place,
     walk_stages_of,
 )
 
@@ -79,9 +81,10 @@ def copy_walk(tensors, buffers, sequence, way, PARTS: gl.constexpr, REVERSE: gl.
         full = buffers[AT_WALK_FULL].index(stage)
         mbarrier.expect(full, 2 * C * (KP * PARTS + HALF * HALVES))
         for part in gl.static_range(PARTS):
-            _copy(key, i_b, i_h, t0, part * KP, full, key_tile(buffers, stage, part, PARTS))
+            _copy(key, i_b, i_h, t0, part * KP, full, buffers[AT_ROWS], key_place(stage, part, PARTS))
         for half in gl.static_range(HALVES):
-            _copy(value, i_b, i_h, t0, column + half * HALF, full, value_tile(buffers, stage, half, PARTS))
+            from_column = column + half * HALF
+            _copy(value, i_b, i_h, t0, from_column, full, buffers[AT_TILES], value_place(stage, half, PARTS))
 
 
 @gluon.jit
@@ -99,7 +102,8 @@ def copy_queries(tensors, buffers, stage, t0, PARTS: gl.constexpr, wanted=True):
     KP: gl.constexpr = buffers[AT_ROWS].shape[2]
     full = buffers[AT_FULL].index(stage)
     for part in gl.static_range(PARTS):
-        _copy(query, i_b, i_h, t0, part * KP, full, query_tile(buffers, stage, part, PARTS), wanted)
+        place = query_place(buffers, stage, part, PARTS)
+        _copy(query, i_b, i_h, t0, part * KP, full, buffers[AT_ROWS], place, wanted)
 
 
 @gluon.jit
@@ -109,14 +113,15 @@ def copy_keys_and_values(tensors, buffers, stage, t0, column, PARTS: gl.constexp
     KP: gl.constexpr = buffers[AT_ROWS].shape[2]
     full = buffers[AT_FULL].index(stage)
     for part in gl.static_range(PARTS):
-        _copy(key, i_b, i_h, t0, part * KP, full, key_tile(buffers, stage, part, PARTS), wanted)
+        _copy(key, i_b, i_h, t0, part * KP, full, buffers[AT_ROWS], key_place(stage, part, PARTS), wanted)
     for half in gl.static_range(halves_of(PARTS)):
-        _copy(value, i_b, i_h, t0, column + half * HALF, full, value_tile(buffers, stage, half, PARTS), wanted)
+        place = value_place(stage, half, PARTS)
+        _copy(value, i_b, i_h, t0, column + half * HALF, full, buffers[AT_TILES], place, wanted)
 
 
 @gluon.jit
-def _copy(tensor, i_b, i_h, t0, column, full, tile, wanted=True):
-    """Start to copy C tokens of one head into a tile, as many columns as it has."""
-    for block in gl.static_range(tile.shape[1] // HALF):
+def _copy(tensor, i_b, i_h, t0, column, full, tiles, i, wanted=True):
+    """Start to copy C tokens of one head into the i-th of tiles, as many columns as it has."""
+    for block in gl.static_range(tiles.shape[2] // HALF):
         place = [i_b, t0, i_h, column + block * HALF]
-        tma.async_copy_global_to_shared(tensor, place, full, block_of(tile, block), pred=wanted)
+        async_load(tensor, place, full, block_of(tiles, i, block), pred=wanted)

@@ -126,7 +126,7 @@ def _own(  # noqa: PLR0912, PLR0915
         fence_async_shared()
         barrier()
         for i in range(padding_from + part, padding_to, PARTS):
-            copy_zeros(nothing, output, length + i * C, column + half * HALF)
+            copy_zeros(buffers[AT_OUT], owner, output, length + i * C, column + half * HALF)
         tma.store_wait(0)
         barrier()
 
@@ -281,14 +281,14 @@ def _answer(  # noqa: PLR0912, PLR0915
         if PARTS == 1:
             if FACTORED:
                 o = o * answer_decay[None, :]
-            _write(o, out.index(n % OUT_STAGES * 2 + half), output, t0, column + half * HALF)
+            _write(o, out, n % OUT_STAGES * 2 + half, output, t0, column + half * HALF)
         elif n % 2 == part:
             # They finish chunks by turns. What is read here is written again by the same threads.
             mbarrier.wait(buffers[AT_EXCHANGED].index(0), n & 1)
             o += partial.load(chunk_layout)
             if FACTORED:
                 o = o * answer_decay[None, :]
-            _write(o, out.index(n % OUT_STAGES), output, t0, column)
+            _write(o, out, n % OUT_STAGES, output, t0, column)
         else:
             partial.store(o)
             tma.store_wait(0)  # its buffer is free for the next chunk
@@ -326,12 +326,12 @@ def _scaled(state, rate):
 
 
 @gluon.jit
-def _write(o, answer, output, t0, column):
-    """Start to copy a chunk's output [HALF, C] to its place, through a buffer that is free."""
-    answer.permute((1, 0)).store(o.to(gl.bfloat16))
+def _write(o, answers, i, output, t0, column):
+    """Start to copy a chunk's output [HALF, C] to its place, through the i-th of the buffers, which is free."""
+    answers.index(i).permute((1, 0)).store(o.to(gl.bfloat16))
     fence_async_shared()
     barrier()
-    copy_out(answer, output, t0, column)
+    copy_out(answers, i, output, t0, column)
 
 
 # A state goes to another segment laid out as its registers are: 16 bytes of each thread in a row.

@@ -11,9 +11,10 @@ pytest.importorskip("triton.experimental.gluon")
 
 from tests.plugins.cuda_driver import compile_driver, state_of
 from tnllm_export.kernels import cuda_driver
-from tnllm_export.kernels.lightning_attention import chunk, hopper_launch
+from tnllm_export.kernels.lightning_attention import chunk, hopper_launch, lightning_attention
 from tnllm_export.kernels.lightning_attention.backward_hopper import backward_hopper_kernel
 from tnllm_export.kernels.lightning_attention.hopper_launch import HopperLaunch, parameters_of
+from tnllm_export.kernels.lightning_attention.reference import lightning_attention_reference
 from tnllm_export.kernels.lightning_attention.sweep_hopper import sweep_hopper_kernel
 from tnllm_export.kernels.lightning_attention.sweep_plan import SweepPlan, hopper_tiles
 
@@ -164,6 +165,39 @@ def test_every_parameter_of_the_kernels_is_known_to_who_launches_them():
         names = parameters_of(kernel, constants)
         assert not any(name.isupper() and name not in ("T", "H") for name in names)
         assert len([name for name in names if name.endswith("_map")]) in (4, 7)
+
+
+def test_a_triton_that_cannot_compile_them_is_named_once_and_the_portable_kernel_runs(
+    triton, chunk_inputs, in_float64, relative_error, monkeypatch
+):
+    def fail(kernel, constants):
+        raise RuntimeError("two lines of trouble\nerror encountered during parsing")
+
+    monkeypatch.setattr(chunk, "capability", lambda device: 90)
+    monkeypatch.setattr(hopper_launch, "compile_hopper", fail)
+    monkeypatch.setattr(hopper_launch, "use_context", lambda index: None)
+    monkeypatch.setattr(hopper_launch.TensorMap, "encode", lambda tensor_map, address: None)
+    monkeypatch.setattr(chunk, "_left_out", [])
+    caches = (chunk._hopper_kernel, chunk._cut, chunk._backward_cut, hopper_launch._loaded, hopper_launch._compiled)
+    for cached in caches:
+        cached.cache_clear()
+    inputs = chunk_inputs(1, 40, 1, 64, 128, torch.bfloat16)
+    leaves = [x.requires_grad_(i < 3) for i, x in enumerate(inputs)]
+
+    def run():
+        output, _ = lightning_attention(*leaves)
+        return output, torch.autograd.grad(output, leaves[:3], torch.ones_like(output))
+
+    words = r"left out, which costs time: Triton could not compile it \(error encountered during parsing\)"
+    with pytest.warns(UserWarning, match=words) as warned:
+        output, gradients = run()
+    assert len(warned) == 1
+    assert len(chunk._left_out) == 1
+    expected, _ = lightning_attention_reference(*in_float64([x.detach() for x in inputs]))
+    assert relative_error(output, expected) < 5e-3
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    for cached in caches:
+        cached.cache_clear()
 
 
 def test_states_with_steps_beyond_32_bits_are_refused_by_name():
