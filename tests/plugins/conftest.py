@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from benchmarks.plugin_driver import PluginLibrary, compile_driver
-from tests.plugins.fake import fake_library, fake_table
-from tests.plugins.on_gpu import HEAD_SIZES
+from tests.plugins.fake import fake_library, fake_table, shared_folder
+from tests.plugins.on_gpu import gpu_library_in
 from tnllm_export.kernels.compiled import KernelTable
-from tnllm_export.plugins.build import PluginOptions, build_plugin
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +27,10 @@ def cache(library: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def gpu_library() -> Path:
-    """The library for this machine's GPU."""
+def gpu_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library for this machine's GPU; one of all workers builds it."""
     major, minor = torch.cuda.get_device_capability()
-    return build_plugin(PluginOptions(capabilities=(10 * major + minor,), head_sizes=HEAD_SIZES))
+    return gpu_library_in(shared_folder(tmp_path_factory.getbasetemp()), 10 * major + minor)
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,29 @@
 
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from benchmarks.plugin_driver import Plugin
+from tnllm_export.plugins.build import PluginOptions, build_plugin
 
 CHUNK, STEP = "LightningAttention", "LightningAttentionStep"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = tuple(product((64, 128, 256), (64, 128)))
 
 _POISON, _GUARD = 0x5A, 4096
+
+
+def gpu_library_in(folder: Path, capability: int, head_sizes: tuple[tuple[int, int], ...] = HEAD_SIZES) -> Path:
+    """Build the library once in a folder that several processes share: each would compile for minutes."""
+    library = folder / "libgpu_plugin.so"
+    with FileLock(f"{library}.lock"):
+        if not library.exists():
+            build_plugin(PluginOptions(capabilities=(capability,), head_sizes=head_sizes), output=library)
+    return library
 
 
 def draw(op: str, B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
