@@ -11,41 +11,26 @@ so each is the same sweep over other tensors, and nothing but the inputs is kept
 the last three that have the same sizes are one launch (see `backward_hopper.py`).
 """
 
-import warnings
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tnllm_export.kernels.cuda_driver import TensorMap
-from tnllm_export.kernels.lightning_attention.hopper_launch import HopperLaunch, KernelUnavailable, map_of
+from tnllm_export.kernels.lightning_attention.hopper_launch import KernelUnavailable
 from tnllm_export.kernels.lightning_attention.launch import (
     allocate_with_torch,
     capability,
     is_current,
     launch,
-    processors,
     zero_counters,
 )
-from tnllm_export.kernels.lightning_attention.sweep import sweep_kernel
-from tnllm_export.kernels.lightning_attention.sweep_plan import (
-    Activation,
-    SweepPlan,
-    SweepTile,
-    hopper_tiles,
-    key_block,
-    sweep_plan,
-    sweep_tile,
-    sweep_tiles,
+from tnllm_export.kernels.lightning_attention.sweep_cut import (
+    Cut,
+    backward_cut,
+    leave_out_hopper,
+    rows_fit,
+    sweep_cut,
+    sweeps_at_once,
 )
-
-_ACTIVATIONS: dict[torch.dtype, Activation] = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
+from tnllm_export.kernels.lightning_attention.sweep_plan import SweepPlan, SweepTile
 
 
 def lightning_attention_triton(
@@ -132,7 +117,7 @@ def sweep(
         return
     slope_rate, lengths = slope_rate.contiguous(), lengths.contiguous()
     present = past_state if present_state is None else present_state
-    cut = _cut(
+    cut = sweep_cut(
         query.shape,
         value.shape[3],
         (query.stride(), key.stride(), value.stride(), output.stride(), past_state.stride(), present.stride()),
@@ -157,7 +142,7 @@ def sweep(
         try:
             cut.hopper((query, key, value, output), (output, *states, present, *buffers))
         except KernelUnavailable as error:
-            _leave_out_hopper(error)
+            leave_out_hopper(error)
             sweep(query, key, value, slope_rate, past_state, lengths, output, present_state, reverse=reverse, plan=plan)
 
 
@@ -190,7 +175,7 @@ def sweep_back(
     slope_rate, lengths = slope_rate.contiguous(), lengths.contiguous()
     strides = tuple([x.stride() for x in (query, key, value, grad_output, past_state, grad_state)])
     *gradients, d_state = results
-    cut = _backward_cut(query.shape, value.shape[3], strides, query.dtype, device, d_state is not None, tile, plan)
+    cut = backward_cut(query.shape, value.shape[3], strides, query.dtype, device, d_state is not None, tile, plan)
     if cut is None:
         return 0
     assert cut.hopper is not None
@@ -200,37 +185,13 @@ def sweep_back(
     try:
         cut.hopper((query, key, value, grad_output, *gradients), others)
     except KernelUnavailable as error:
-        _leave_out_hopper(error)
+        leave_out_hopper(error)
         return 0
-    return _sweeps_at_once(query.shape[3], value.shape[3])
-
-
-def _sweeps_at_once(K: int, V: int) -> int:
-    """Sweeps of a backward that have the same sizes: for query and key states are [V, K], for value [K, V]."""
-    return 3 if K == V else 2
-
-
-@dataclass(frozen=True, eq=False)
-class _Cut:
-    """All of a launch that follows from sizes, strides and dtype; one object for each, which is its own key."""
-
-    grid: tuple[int, int, int]
-    carry: int
-    """Numbers in the look-back's buffer for states."""
-    progress: int
-    """Of its counters."""
-    needs_copies: bool = False
-    """Whether rows of query, key or value lie as no kernel takes them; nothing else is known then."""
-    hopper: HopperLaunch | None = None
-    """For the kernels for Hopper, all else; for the portable one, what follows."""
-    kernel: Any = None
-    numbers: tuple[int, ...] = ()
-    constants: tuple[Any, ...] = ()
-    warps: int = 0
+    return sweeps_at_once(query.shape[3], value.shape[3])
 
 
 def _launch(
-    cut: _Cut, tensors: tuple[Tensor, ...], anywhere: tuple[Tensor, ...], past_state: Tensor, lengths: Tensor
+    cut: Cut, tensors: tuple[Tensor, ...], anywhere: tuple[Tensor, ...], past_state: Tensor, lengths: Tensor
 ) -> None:
     """Launch a kernel on `tensors` and the look-back's buffers.
 
@@ -245,151 +206,12 @@ def _launch(
     launch(cut.kernel, (cut, misalignment), cut.grid, arguments, cut.constants, cut.warps)
 
 
-def _handover_buffers(cut: _Cut, past_state: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _handover_buffers(cut: Cut, past_state: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return the look-back's buffers for states and counters; the arguments stand for them where there is none."""
     if not cut.carry:
         return past_state, lengths
     device = lengths.device
     return torch.empty(cut.carry, dtype=torch.float32, device=device), zero_counters(cut.progress, device)
-
-
-@lru_cache(maxsize=1024)
-def _cut(
-    shape: torch.Size,
-    V: int,
-    strides: tuple[tuple[int, ...], ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    reverse: bool,
-    store_state: bool,
-    tile: SweepTile | None,
-    plan: SweepPlan | None,
-) -> _Cut:
-    B, T, H, K = shape
-    values = torch.Size((B, T, H, V))
-    *activations, past, present = strides
-    read = zip((shape, shape, values), activations, strict=False)
-    if not all(_rows_fit(x, stride, dtype.itemsize) for x, stride in read):
-        return _Cut(grid=(0, 0, 0), carry=0, progress=0, needs_copies=True)
-    activation = _ACTIVATIONS[dtype]
-    if tile is not None:
-        tiles: tuple[SweepTile, ...] = (tile,)
-    elif capability(device) == 90 and _hopper_kernel() is None:
-        tiles = (sweep_tile(K, V, activation, 90),)
-    else:
-        tiles = sweep_tiles(K, V, activation, capability(device))
-    tile, chosen = sweep_plan(tiles, B * H, V, T, processors(device))
-    plan = plan or chosen
-    columns = B * H * -(-V // tile.value_block)
-    kind = {"REVERSE": reverse, "HANDOVER": plan.handover, "STORE_STATE": store_state}
-    if tile.kernel == "hopper":
-        maps = [map_of(x, stride) for x, stride in zip((shape, shape, values, values), activations, strict=True)]
-        b, t, h, _ = activations[3]
-        numbers = {"T": T, "H": H, "output_stride_b": b, "output_stride_t": t, "output_stride_h": h}
-        states = {"past": past, "present": present}
-        constants = {"K": K, "V": V, "PARTS": tile.parts, **kind}
-        return _hopper_cut(_hopper_kernel(), constants, maps, numbers, states, K, columns, tile, plan, device)
-    sizes = K, V, key_block(K), tile.value_block, tile.chunk
-    return _Cut(
-        kernel=sweep_kernel,
-        numbers=(T, H, *(n for stride in activations for n in stride[:3]), *past, *present),
-        constants=(*sizes, *kind.values(), tile.state_stages, tile.stages),
-        warps=tile.warps,
-        **_grid(K, columns, tile, plan),
-    )
-
-
-@lru_cache(maxsize=1024)
-def _backward_cut(
-    shape: torch.Size,
-    V: int,
-    strides: tuple[tuple[int, ...], ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    store_state: bool,
-    tile: SweepTile | None,
-    plan: SweepPlan | None,
-) -> _Cut | None:
-    B, T, H, K = shape
-    # States are [V, K] here.
-    tiles = hopper_tiles(V, K, _ACTIVATIONS[dtype]) if tile is None else (tile,)
-    if not tiles or _hopper_kernel() is None:
-        return None
-    from tnllm_export.kernels.lightning_attention.backward_hopper import backward_hopper_kernel  # noqa: PLC0415
-
-    sweeps = _sweeps_at_once(K, V)
-    tile, chosen = sweep_plan(tiles, sweeps * B * H, K, T, processors(device))
-    plan = plan or chosen
-    columns = sweeps * B * H * (K // tile.value_block)
-    *activations, past, grad_state = strides
-    values = torch.Size((B, T, H, V))
-    # Gradients are dense.
-    results = [(T * H * D, H * D, D, 1) for D in (K, K, V)]
-    shapes = (shape, shape, values, values, shape, shape, values)
-    maps = [map_of(x, stride) for x, stride in zip(shapes, (*activations, *results), strict=True)]
-    numbers = {"T": T, "H": H, "stores_grad_past": int(store_state)}
-    states = {"past": past, "grad_state": grad_state}
-    constants = {"K": K, "V": V, "PARTS": tile.parts, "SWEEPS": sweeps, "HANDOVER": plan.handover}
-    return _hopper_cut(backward_hopper_kernel, constants, maps, numbers, states, V, columns, tile, plan, device)
-
-
-def _hopper_cut(
-    kernel: Any,
-    constants: dict[str, Any],
-    maps: list[TensorMap],
-    numbers: dict[str, int],
-    states: dict[str, tuple[int, ...]],
-    rows: int,
-    columns: int,
-    tile: SweepTile,
-    plan: SweepPlan,
-    device: torch.device,
-) -> _Cut:
-    """Return a launch of `columns` walks of a kernel for Hopper, whose states have so many rows.
-
-    Args:
-        kernel, constants, maps: As for `HopperLaunch`.
-        numbers: Arguments but strides.
-        states: Strides by name.
-    """
-    strides = {
-        f"{name}_stride_{axis}": n for name, stride in states.items() for axis, n in zip("bhkv", stride, strict=True)
-    }
-    grid = _grid(rows, columns, tile, plan)
-    return _Cut(hopper=HopperLaunch(kernel, constants, grid["grid"], maps, numbers | strides, device), **grid)
-
-
-def _grid(rows: int, columns: int, tile: SweepTile, plan: SweepPlan) -> dict[str, Any]:
-    """Return the fields of a `_Cut` that say how many programs there are and what they hand over."""
-    states = columns * plan.segments if plan.handover == "lookback" else 0
-    return {
-        "grid": (columns, plan.segments, 1),
-        "carry": states * key_block(rows) * tile.value_block,
-        "progress": states + 1 if states else 0,
-    }
-
-
-_left_out: list[Exception] = []
-"""Why the kernels for Hopper are left out."""
-
-
-@cache
-def _hopper_kernel() -> Any:
-    """None where this Triton's Gluon is not one that the kernel is written for."""
-    try:
-        from tnllm_export.kernels.lightning_attention.sweep_hopper import sweep_hopper_kernel  # noqa: PLC0415
-    except (ImportError, AttributeError) as error:
-        _leave_out_hopper(error)
-    return None if _left_out else sweep_hopper_kernel
-
-
-def _leave_out_hopper(error: Exception) -> None:
-    """From now on take the portable kernel, which is slower, and say so once."""
-    if not _left_out:
-        warnings.warn(f"the kernels for Hopper are left out, which costs time: {error}", stacklevel=4)
-    _left_out.append(error)
-    for known in (_hopper_kernel, _cut, _backward_cut):
-        known.cache_clear()
 
 
 def _like(x: Tensor) -> Tensor:
@@ -398,15 +220,6 @@ def _like(x: Tensor) -> Tensor:
 
 def _dense_rows(x: Tensor) -> Tensor:
     """X itself where its rows are dense and start at multiples of 16 bytes, as tensor maps want it; else a copy."""
-    if _rows_fit(x.shape, x.stride(), x.element_size()) and not x.data_ptr() & 15:
+    if rows_fit(x.shape, x.stride(), x.element_size()) and not x.data_ptr() & 15:
         return x
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _rows_fit(shape: tuple[int, ...], strides: tuple[int, ...], element_size: int) -> bool:
-    """Whether rows are dense, and all at multiples of 16 bytes from the first one."""
-    b, t, h, d = strides
-    B, T, H, D = shape
-    # Rows that overlap (an expanded gradient) are left to nobody's interpretation of a stride of 0.
-    apart = (b >= D or B == 1) and (t >= D or T == 1) and (h >= D or H == 1)
-    return d == 1 and apart and not (b | t | h) * element_size & 15

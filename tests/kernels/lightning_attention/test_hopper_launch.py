@@ -11,7 +11,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from tests.plugins.cuda_driver import compile_driver, state_of
 from tnllm_export.kernels import cuda_driver
-from tnllm_export.kernels.lightning_attention import chunk, hopper_launch, lightning_attention
+from tnllm_export.kernels.lightning_attention import chunk, hopper_launch, lightning_attention, sweep_cut
 from tnllm_export.kernels.lightning_attention.backward_hopper import backward_hopper_kernel
 from tnllm_export.kernels.lightning_attention.hopper_launch import HopperLaunch, parameters_of
 from tnllm_export.kernels.lightning_attention.reference import lightning_attention_reference
@@ -49,9 +49,10 @@ def told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cuda_driver, "_driver", lambda: driver)
     monkeypatch.setattr(hopper_launch, "_compiled", compiled)
-    monkeypatch.setattr(chunk, "capability", lambda device: 90)
+    for module in (chunk, sweep_cut):
+        monkeypatch.setattr(module, "capability", lambda device: 90)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
-    caches = (chunk._cut, chunk._backward_cut, hopper_launch._loaded)
+    caches = (sweep_cut.sweep_cut, sweep_cut.backward_cut, hopper_launch._loaded)
     for cached in caches:
         cached.cache_clear()
     yield record
@@ -173,12 +174,14 @@ def test_a_triton_that_cannot_compile_them_is_named_once_and_the_portable_kernel
     def fail(kernel, constants):
         raise RuntimeError("two lines of trouble\nerror encountered during parsing")
 
-    monkeypatch.setattr(chunk, "capability", lambda device: 90)
+    for module in (chunk, sweep_cut):
+        monkeypatch.setattr(module, "capability", lambda device: 90)
     monkeypatch.setattr(hopper_launch, "compile_hopper", fail)
     monkeypatch.setattr(hopper_launch, "use_context", lambda index: None)
     monkeypatch.setattr(hopper_launch.TensorMap, "encode", lambda tensor_map, address: None)
-    monkeypatch.setattr(chunk, "_left_out", [])
-    caches = (chunk._hopper_kernel, chunk._cut, chunk._backward_cut, hopper_launch._loaded, hopper_launch._compiled)
+    monkeypatch.setattr(sweep_cut, "_left_out", [])
+    cuts = (sweep_cut._hopper_kernel, sweep_cut.sweep_cut, sweep_cut.backward_cut)
+    caches = (*cuts, hopper_launch._loaded, hopper_launch._compiled)
     for cached in caches:
         cached.cache_clear()
     inputs = chunk_inputs(1, 40, 1, 64, 128, torch.bfloat16)
@@ -192,7 +195,7 @@ def test_a_triton_that_cannot_compile_them_is_named_once_and_the_portable_kernel
     with pytest.warns(UserWarning, match=words) as warned:
         output, gradients = run()
     assert len(warned) == 1
-    assert len(chunk._left_out) == 1
+    assert len(sweep_cut._left_out) == 1
     expected, _ = lightning_attention_reference(*in_float64([x.detach() for x in inputs]))
     assert relative_error(output, expected) < 5e-3
     assert all(gradient.isfinite().all() for gradient in gradients)
