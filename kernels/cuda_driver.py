@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-MAP_BYTES = 128
-"""Of a tensor map (CUtensorMap)."""
-
-_MAP_ALIGNMENT = 64
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _BFLOAT16, _SWIZZLE_128B, _NONE = 9, 3, 0  # of CUtensorMapDataType, CUtensorMapSwizzle, and of the others
@@ -54,7 +51,7 @@ class TensorMap:
         Raises:
             RuntimeError: The driver refuses.
         """
-        memory = ctypes.create_string_buffer(MAP_BYTES + _MAP_ALIGNMENT)
+        memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
         place = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
         rank = len(self.sizes)
         _check(

@@ -107,8 +107,8 @@ def recomputing(i_segment, segments, n_chunks, K: gl.constexpr):
 def chunk_start(i, sequence, REVERSE: gl.constexpr):
     """First token of the i-th chunk on the way.
 
-    The last chunk of a sequence ends with its last valid token. So the first one may begin before token 0, where tensor
-    maps have zeros and write nothing, and no chunk holds padding.
+    The last chunk of a sequence ends with its last valid token, so no chunk holds padding. The first one may begin
+    before token 0: what a tensor map reads there is 0, and its output is written without one (`hopper_store.copy_out`).
     """
     _, n_chunks, length = sequence
     return length - ((i + 1) if REVERSE else (n_chunks - i)) * C

@@ -220,9 +220,8 @@ def _answer(  # noqa: PLR0912, PLR0915
     slope = sequence[0]
     STAGES: gl.constexpr = stages_of(state.shape[1] * PARTS)
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
-    state_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
+    chunk_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
     decayed_operand: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
-    value_operand: gl.constexpr = gl.DotOperandLayout(0, chunk_layout, 2)
     since = first * 0  # tokens that the state has not decayed for
     for i in range(first, end):
         n = i - first
@@ -238,9 +237,9 @@ def _answer(  # noqa: PLR0912, PLR0915
 
         mbarrier.wait(buffers[AT_FULL].index(stage), (n // STAGES) & 1)
         # The second part is made while the first one's product runs.
-        high = gl.convert_layout(upper_half(state), state_operand)
+        high = gl.convert_layout(upper_half(state), chunk_operand)
         o = warpgroup_mma(high, q, gl.zeros([HALF, C], gl.float32, chunk_layout), use_acc=False, is_async=True)
-        low = gl.convert_layout((state - upper_part(state)).to(gl.bfloat16), state_operand)
+        low = gl.convert_layout((state - upper_part(state)).to(gl.bfloat16), chunk_operand)
         o = warpgroup_mma(low, q, o, is_async=True)
 
         mbarrier.wait(buffers[AT_SCORED].index(n % SCORE_STAGES), (n // SCORE_STAGES) & 1)
@@ -255,7 +254,7 @@ def _answer(  # noqa: PLR0912, PLR0915
                 exponent = progression(rate * (count - C + 1), rate, chunk_layout)
             o = o * gl.exp2(gl.minimum(exponent, 0.0))[None, :]
         rows = v.load(decayed_operand)
-        values = gl.convert_layout(rows, value_operand)
+        values = gl.convert_layout(rows, chunk_operand)
         o = warpgroup_mma(values, first_scores, o, is_async=True)
         if PARTS == 1:
             o = warpgroup_mma(values, second_scores, o, is_async=True)

@@ -67,11 +67,12 @@ def _prepare(task, K: gl.constexpr, PARTS: gl.constexpr, REVERSE: gl.constexpr):
     STAGES: gl.constexpr = stages_of(K)
     copy_walk(tensors, buffers, sequence, way, PARTS, REVERSE)
     for n in range(gl.minimum(end - first, STAGES)):
+        t0 = chunk_start(first + n, sequence, REVERSE)
         # A walk takes no queries' buffers.
-        copy_queries(tensors, buffers, n, chunk_start(first + n, sequence, REVERSE), PARTS)
+        copy_queries(tensors, buffers, n, t0, PARTS)
         wait_until_free(buffers[AT_EMPTY], n, STAGES, way)
         expect_chunk(buffers, n, PARTS)
-        copy_keys_and_values(tensors, buffers, n, chunk_start(first + n, sequence, REVERSE), column, PARTS)
+        copy_keys_and_values(tensors, buffers, n, t0, column, PARTS)
     if sequence[0] <= FACTORED_RATE:
         _prepare_chunks(task, K, PARTS, REVERSE, True)
     else:

@@ -47,7 +47,7 @@ def launch(
     """Launch `kernel` on the current device and stream.
 
     Args:
-        kernel: A Triton or Gluon function.
+        kernel: A Triton function.
         key: Fixes the grid, the kernel, the device, all numbers, the dtypes of all tensors, and how far each tensor is
             from a multiple of 16 bytes: all that Triton compiles different code for.
         grid: Programs.

@@ -8,6 +8,8 @@ from tnllm_export.errors import PluginBuildError
 from tnllm_export.kernels import compile as ahead_of_time
 from tnllm_export.kernels.compile import SHARED_BYTES, compile_table
 from tnllm_export.kernels.compiled import INTEGERS, MAPS, POINTERS, UNUSED
+from tnllm_export.kernels.lightning_attention.hopper_launch import BLOCK_COLUMNS
+from tnllm_export.kernels.lightning_attention.hopper_launch import CHUNK as CHUNK_TOKENS
 from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_tile
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
     RECOMPUTE_CHUNKS,
@@ -79,6 +81,7 @@ def test_hopper_has_its_own_kernel_for_the_released_head_sizes():
 def test_the_plan_and_the_kernel_for_hopper_name_the_same_sizes():
     hopper = pytest.importorskip("tnllm_export.kernels.lightning_attention.hopper_buffers")
     arithmetic = pytest.importorskip("tnllm_export.kernels.lightning_attention.hopper_arithmetic")
+    assert (hopper.C.value, hopper.HALF.value) == (CHUNK_TOKENS, BLOCK_COLUMNS)
     tiles = {(K, tile.parts): tile for K in (64, 128, 256) for tile in hopper_tiles(K, 128, "bfloat16")}
     assert set(tiles) == {(64, 1), (128, 1), (128, 2), (256, 2)}
     for (K, parts), tile in tiles.items():
