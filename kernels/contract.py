@@ -10,6 +10,7 @@ at t >= lengths[b] change no state and give 0. Activations are float32, float16 
 references); the state and every accumulation are float32 (float64).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,63 +62,86 @@ def accumulator_dtype(activation: torch.dtype) -> torch.dtype:
     return torch.float64 if activation == torch.float64 else torch.float32
 
 
+_ACCUMULATORS = {activation: accumulator_dtype(activation) for activation in ACTIVATION_DTYPES}
+
+
+# Every call of an op makes these checks: they ask each tensor once for what they need, and call nothing if it fits.
 def check_chunk_inputs(
     query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, lengths: Tensor
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit the chunk op's contract."""
-    _check_rank("query", query, 4, "[B, T, H, K]")
-    B, T, H, K = query.shape
-    _check_rank("value", value, 4, "[B, T, H, V]")
-    V = value.shape[3]
-    _check_shape("key", key, (B, T, H, K))
-    _check_shape("value", value, (B, T, H, V))
-    _check_shape("lengths", lengths, (B,))
-    if lengths.dtype != torch.int32:
+    shape, values = query.shape, value.shape
+    if len(shape) != 4:
+        raise _wrong_rank("query", query, "4 dimensions [B, T, H, K]")
+    B, T, H, K = shape
+    if len(values) != 4:
+        raise _wrong_rank("value", value, "4 dimensions [B, T, H, V]")
+    V = values[3]
+    if key.shape != shape:
+        raise _wrong_shape("key", key, shape)
+    if values[:3] != shape[:3]:
+        raise _wrong_shape("value", value, (B, T, H, V))
+    if lengths.shape != (B,):
+        raise _wrong_shape("lengths", lengths, (B,))
+    if lengths.dtype is not torch.int32:
         raise TypeError(f"lengths is {lengths.dtype}; expected torch.int32")
-    _check_device("lengths", lengths, query.device)
+    if lengths.device != query.device:
+        raise _wrong_device("lengths", lengths, query.device)
     _check_state_and_dtypes(query, key, value, slope_rate, past_state, (B, H, K, V))
 
 
 def check_step_inputs(query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit the decode step's contract."""
-    _check_rank("query", query, 3, "[B, H, K]")
-    B, H, K = query.shape
-    _check_rank("value", value, 3, "[B, H, V]")
-    V = value.shape[2]
-    _check_shape("key", key, (B, H, K))
-    _check_shape("value", value, (B, H, V))
+    shape, values = query.shape, value.shape
+    if len(shape) != 3:
+        raise _wrong_rank("query", query, "3 dimensions [B, H, K]")
+    B, H, K = shape
+    if len(values) != 3:
+        raise _wrong_rank("value", value, "3 dimensions [B, H, V]")
+    V = values[2]
+    if key.shape != shape:
+        raise _wrong_shape("key", key, shape)
+    if values[:2] != shape[:2]:
+        raise _wrong_shape("value", value, (B, H, V))
     _check_state_and_dtypes(query, key, value, slope_rate, past_state, (B, H, K, V))
-
-
-def _check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
-    if tensor.dim() != rank:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {rank} dimensions {layout}")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}")
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}; expected {device} like query")
 
 
 def _check_state_and_dtypes(
     query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, state_shape: tuple[int, ...]
 ) -> None:
-    _check_shape("slope_rate", slope_rate, (state_shape[1],))
-    _check_shape("past_state", past_state, state_shape)
-    if query.dtype not in ACTIVATION_DTYPES:
-        raise TypeError(f"query is {query.dtype}; expected float32, float16, bfloat16 or float64")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} is {tensor.dtype}; expected {query.dtype} like query")
-    accumulator = accumulator_dtype(query.dtype)
-    for name, tensor in (("slope_rate", slope_rate), ("past_state", past_state)):
-        if tensor.dtype != accumulator:
-            raise TypeError(f"{name} is {tensor.dtype}; expected {accumulator} beside {query.dtype} activations")
-    device = query.device
-    for name, tensor in (("key", key), ("value", value), ("slope_rate", slope_rate), ("past_state", past_state)):
-        _check_device(name, tensor, device)
+    if slope_rate.shape != state_shape[1:2]:
+        raise _wrong_shape("slope_rate", slope_rate, state_shape[1:2])
+    if past_state.shape != state_shape:
+        raise _wrong_shape("past_state", past_state, state_shape)
+    dtype, device = query.dtype, query.device
+    accumulator = _ACCUMULATORS.get(dtype)
+    if accumulator is None:
+        raise TypeError(f"query is {dtype}; expected float32, float16, bfloat16 or float64")
+    if key.dtype is not dtype:
+        raise TypeError(f"key is {key.dtype}; expected {dtype} like query")
+    if value.dtype is not dtype:
+        raise TypeError(f"value is {value.dtype}; expected {dtype} like query")
+    if slope_rate.dtype is not accumulator:
+        raise TypeError(f"slope_rate is {slope_rate.dtype}; expected {accumulator} beside {dtype} activations")
+    if past_state.dtype is not accumulator:
+        raise TypeError(f"past_state is {past_state.dtype}; expected {accumulator} beside {dtype} activations")
+    if key.device != device:
+        raise _wrong_device("key", key, device)
+    if value.device != device:
+        raise _wrong_device("value", value, device)
+    if slope_rate.device != device:
+        raise _wrong_device("slope_rate", slope_rate, device)
+    if past_state.device != device:
+        raise _wrong_device("past_state", past_state, device)
+
+
+def _wrong_rank(name: str, tensor: Tensor, expected: str) -> ValueError:
+    return ValueError(f"{name} has shape {list(tensor.shape)}; expected {expected}")
+
+
+def _wrong_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> ValueError:
+    return ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}")
+
+
+def _wrong_device(name: str, tensor: Tensor, device: torch.device) -> ValueError:
+    return ValueError(f"{name} is on {tensor.device}; expected {device} like query")

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -168,34 +168,44 @@ class PreparedLaunch:
         self._put_addresses = partial(struct.Struct(f"{len(addresses)}Q").pack_into, self._addresses, 0)
         # The driver reads as many bytes as a parameter has, the low ones first.
         self._numbers = (ctypes.c_int64 * max(len(parameters), 1))()
-        self._parameters = (ctypes.c_void_p * len(parameters))()
+        self._places = [ctypes.addressof(self._numbers) + 8 * place for place in range(len(parameters))]
         for place, value in enumerate(parameters):
             if isinstance(value, int):
                 self._numbers[place] = value
-            self._parameters[place] = ctypes.addressof(self._numbers) + 8 * place
         for index, place in enumerate(addresses):
-            self._parameters[place] = ctypes.addressof(self._addresses) + 8 * index
+            self._places[place] = ctypes.addressof(self._addresses) + 8 * index
         self._launch = _driver().cuLaunchKernelEx
 
-    def __call__(self, maps: Sequence[EncodedMap], addresses: Sequence[int], stream: int) -> None:
+    def parameters(self, maps: Sequence[EncodedMap]) -> "Parameters":
+        """Return what the kernel is given with these tensor maps, which are in the order of the parameters."""
+        places = list(self._places)
+        for place, tensor_map in zip(self._map_places, maps, strict=True):
+            places[place] = tensor_map.place
+        return Parameters((ctypes.c_void_p * len(places))(*places), tuple(maps))
+
+    def __call__(self, parameters: "Parameters", addresses: Sequence[int], stream: int) -> None:
         """Launch it.
 
         Args:
-            maps: Tensor maps, in the order of the parameters.
-            addresses: Likewise.
+            parameters: What `parameters` has returned for the tensor maps.
+            addresses: The others, in the order of the parameters.
             stream: Handle of a stream.
 
         Raises:
             RuntimeError: The driver refuses.
         """
-        parameters = self._parameters
-        for place, tensor_map in zip(self._map_places, maps, strict=True):
-            parameters[place] = tensor_map.place
         self._put_addresses(*addresses)
         self._config.stream = stream
-        result = self._launch(self._config_place, self._function, parameters, None)
+        result = self._launch(self._config_place, self._function, parameters.places, None)
         if result:
             _check(result, "launching a kernel")
+
+
+class Parameters(NamedTuple):
+    """Where the driver finds each parameter of a `PreparedLaunch`, and the tensor maps that lie there."""
+
+    places: Any
+    maps: tuple[EncodedMap, ...]
 
 
 class PerThread(threading.local):

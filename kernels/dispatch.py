@@ -61,6 +61,8 @@ def form_for(device: torch.device) -> Form:
     choice = kernel_choice()
     if choice == "pytorch":
         return "pytorch"
+    if device.type == "cuda" and _triton_installed():
+        return "triton"
     reason = _obstacle(device)
     if reason is None:
         return "triton"
@@ -77,7 +79,7 @@ def interpreted() -> bool:
 def _obstacle(device: torch.device) -> str | None:
     if not _triton_installed():
         return "the package triton is not installed"
-    if device.type == "cuda" or (interpreted() and kernel_choice() == "triton"):
+    if interpreted() and kernel_choice() == "triton":
         return None
     return f"the tensors are on {device.type}, not on a CUDA device"
 

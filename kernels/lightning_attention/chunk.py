@@ -14,13 +14,13 @@ the last three that have the same sizes are one launch (see `backward_hopper.py`
 import torch
 from torch import Tensor
 
+from tnllm_export.kernels.lightning_attention.handover_memory import handover_memory
 from tnllm_export.kernels.lightning_attention.hopper_launch import KernelUnavailable
 from tnllm_export.kernels.lightning_attention.launch import (
     allocate_with_torch,
     capability,
     is_current,
     launch,
-    zero_counters,
 )
 from tnllm_export.kernels.lightning_attention.sweep_cut import (
     Cut,
@@ -210,8 +210,7 @@ def _handover_buffers(cut: Cut, past_state: Tensor, lengths: Tensor) -> tuple[Te
     """Return the look-back's buffers for states and counters; the arguments stand for them where there is none."""
     if not cut.carry:
         return past_state, lengths
-    device = lengths.device
-    return torch.empty(cut.carry, dtype=torch.float32, device=device), zero_counters(cut.progress, device)
+    return handover_memory(cut.carry, cut.progress, lengths.device)
 
 
 def _like(x: Tensor) -> Tensor:

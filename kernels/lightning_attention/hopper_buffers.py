@@ -53,13 +53,13 @@ def walk_stages_of(K):
 
 
 @gluon.jit
-def block_of(tiles, i, block: gl.constexpr):
-    """The block-th HALF columns of the i-th of tiles [N, C, columns], as a tensor map's block [1, C, 1, HALF]."""
-    BLOCKS: gl.constexpr = tiles.shape[2] // HALF
+def block_of(tiles, i, block: gl.constexpr, COLUMNS: gl.constexpr):
+    """One block [1, C, 1, COLUMNS] of a tensor map: the block-th from the i-th of tiles [N, C, columns] on."""
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    # A tile is a row of such blocks.
-    blocks = reinterpret(tiles, gl.bfloat16, [tiles.shape[0] * BLOCKS, 1, C, 1, HALF], layout)
-    return blocks.index(i * BLOCKS + block)
+    # Wide tiles and blocks are rows of such that have 64 columns.
+    N: gl.constexpr = tiles.shape[0] * tiles.shape[2] // COLUMNS
+    blocks = reinterpret(tiles, gl.bfloat16, [N, 1, C, 1, COLUMNS], layout)
+    return blocks.index(i * tiles.shape[2] // COLUMNS + block)
 
 
 @gluon.jit

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tnllm_export.kernels.cuda_driver import (
     EncodedMap,
+    Parameters,
     PerThread,
     PreparedLaunch,
     TensorMap,
@@ -27,13 +28,12 @@ BLOCK_COLUMNS = 64
 KEPT_MAPS = 128
 """Addresses of one argument whose maps are kept."""
 
+KEPT_PARAMETERS = 256
+"""Addresses of all arguments together that a launch, in one thread, keeps parameters for."""
+
 _MAPS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
 _BFLOAT16 = ("p_output", "p_grad_query", "p_grad_key", "p_grad_value")
 _INT32 = ("p_lengths", "p_progress")
-_MAP_TYPE = (
-    f"tensordesc<bf16[1, {CHUNK}, 1, {BLOCK_COLUMNS}],"
-    "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)>"
-)
 _MAP_NUMBERS = 8
 """Sizes and strides, which Triton passes along with a map of four dimensions, and which these kernels do not read."""
 
@@ -54,7 +54,8 @@ def compile_hopper(kernel: Any, constants: dict[str, Any]) -> tuple[Any, list[st
     from triton.experimental.gluon._runtime import GluonASTSource  # noqa: PLC0415
 
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else _type(name) for name in names}
+    copied = _copied_at_once(constants)
+    signature = {name: "constexpr" if name in constants else _type(name, copied) for name in names}
     # What is read and written in vectors.
     aligned = [name for name in names if name in (*_BFLOAT16, "p_carry") or name.startswith("output_stride")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants}
@@ -75,9 +76,21 @@ def parameters_of(kernel: Any, constants: dict[str, Any]) -> list[str]:
     return [*parameters, "scratch", "profile_scratch"]
 
 
-def _type(name: str) -> str:
+def _copied_at_once(constants: dict[str, Any]) -> dict[str, int]:
+    """Columns that a program copies by one instruction, of tensors that it reads: one or more blocks of the map."""
+    of_values = 2 * BLOCK_COLUMNS // constants["PARTS"]
+    if "SWEEPS" in constants:
+        # Each tensor is the rows of one sweep and the values of another.
+        shared = min(constants["V"], of_values)
+        return dict.fromkeys(("query", "key", "value", "grad_output"), shared)
+    return {"query": constants["K"], "key": constants["K"], "value": of_values}
+
+
+def _type(name: str, copied: dict[str, int] | None = None) -> str:
     if name in _MAPS:
-        return _MAP_TYPE
+        columns = (copied or {}).get(name, BLOCK_COLUMNS)
+        layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
+        return f"tensordesc<bf16[1, {CHUNK}, 1, {columns}],{layout}>"
     if name.startswith("p_"):
         return "*bf16" if name in _BFLOAT16 else "*i32" if name in _INT32 else "*fp32"
     # From one sequence of a batch to the next may be more than 2^31 elements.
@@ -143,25 +156,34 @@ class HopperLaunch:
             KernelUnavailable: The kernel can't be compiled.
         """
         use_context(self._device_index)
+        prepared = self._prepared.made
+        if prepared is None:
+            prepared = self._prepared.made = self._prepare()
+        launch, known = prepared
+        addresses = tuple([tensor.data_ptr() for tensor in activations])
+        parameters = known.get(addresses)
+        if parameters is None:
+            if len(known) >= KEPT_PARAMETERS:
+                known.clear()
+            parameters = known[addresses] = launch.parameters(self._encode(addresses))
+        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+        launch(parameters, [tensor.data_ptr() for tensor in others], stream)
+
+    def _prepare(self) -> tuple[PreparedLaunch, dict[tuple[int, ...], Parameters]]:
+        function, threads, shared_bytes, names = _loaded(*self._arguments)
+        parameters = [_parameter(name, self._numbers) for name in names]
+        return PreparedLaunch(function, self._grid, threads, shared_bytes, parameters), {}
+
+    def _encode(self, addresses: tuple[int, ...]) -> list[EncodedMap]:
         maps = []
-        for kept, tensor_map, tensor in zip(self._encoded, self._maps, activations, strict=True):
-            address = tensor.data_ptr()
+        for kept, tensor_map, address in zip(self._encoded, self._maps, addresses, strict=True):
             encoded = kept.get(address)
             if encoded is None:
                 if len(kept) >= KEPT_MAPS:
                     kept.clear()
                 encoded = kept[address] = tensor_map.encode(address)
             maps.append(encoded)
-        launch = self._prepared.made
-        if launch is None:
-            launch = self._prepared.made = self._prepare()
-        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
-        launch(maps, [tensor.data_ptr() for tensor in others], stream)
-
-    def _prepare(self) -> PreparedLaunch:
-        function, threads, shared_bytes, names = _loaded(*self._arguments)
-        parameters = [_parameter(name, self._numbers) for name in names]
-        return PreparedLaunch(function, self._grid, threads, shared_bytes, parameters)
+        return maps
 
 
 def _parameter(name: str, numbers: dict[str, int]) -> int | str | None:

@@ -80,11 +80,8 @@ def copy_walk(tensors, buffers, sequence, way, PARTS: gl.constexpr, REVERSE: gl.
         mbarrier.wait(buffers[AT_WALK_EMPTY].index(stage), ((n // STAGES) & 1) ^ 1)
         full = buffers[AT_WALK_FULL].index(stage)
         mbarrier.expect(full, 2 * C * (KP * PARTS + HALF * HALVES))
-        for part in gl.static_range(PARTS):
-            _copy(key, i_b, i_h, t0, part * KP, full, buffers[AT_ROWS], key_place(stage, part, PARTS))
-        for half in gl.static_range(HALVES):
-            from_column = column + half * HALF
-            _copy(value, i_b, i_h, t0, from_column, full, buffers[AT_TILES], value_place(stage, half, PARTS))
+        _copy(key, i_b, i_h, t0, 0, KP * PARTS, full, buffers[AT_ROWS], key_place(stage, 0, PARTS))
+        _copy(value, i_b, i_h, t0, column, HALVES * HALF, full, buffers[AT_TILES], value_place(stage, 0, PARTS))
 
 
 @gluon.jit
@@ -101,9 +98,8 @@ def copy_queries(tensors, buffers, stage, t0, PARTS: gl.constexpr, wanted=True):
     query, _, _, i_b, i_h = tensors
     KP: gl.constexpr = buffers[AT_ROWS].shape[2]
     full = buffers[AT_FULL].index(stage)
-    for part in gl.static_range(PARTS):
-        place = query_place(buffers, stage, part, PARTS)
-        _copy(query, i_b, i_h, t0, part * KP, full, buffers[AT_ROWS], place, wanted)
+    place = query_place(buffers, stage, 0, PARTS)
+    _copy(query, i_b, i_h, t0, 0, KP * PARTS, full, buffers[AT_ROWS], place, wanted)
 
 
 @gluon.jit
@@ -112,16 +108,15 @@ def copy_keys_and_values(tensors, buffers, stage, t0, column, PARTS: gl.constexp
     _, key, value, i_b, i_h = tensors
     KP: gl.constexpr = buffers[AT_ROWS].shape[2]
     full = buffers[AT_FULL].index(stage)
-    for part in gl.static_range(PARTS):
-        _copy(key, i_b, i_h, t0, part * KP, full, buffers[AT_ROWS], key_place(stage, part, PARTS), wanted)
-    for half in gl.static_range(halves_of(PARTS)):
-        place = value_place(stage, half, PARTS)
-        _copy(value, i_b, i_h, t0, column + half * HALF, full, buffers[AT_TILES], place, wanted)
+    _copy(key, i_b, i_h, t0, 0, KP * PARTS, full, buffers[AT_ROWS], key_place(stage, 0, PARTS), wanted)
+    COLUMNS: gl.constexpr = halves_of(PARTS) * HALF
+    _copy(value, i_b, i_h, t0, column, COLUMNS, full, buffers[AT_TILES], value_place(stage, 0, PARTS), wanted)
 
 
 @gluon.jit
-def _copy(tensor, i_b, i_h, t0, column, full, tiles, i, wanted=True):
-    """Start to copy C tokens of one head into the i-th of tiles, as many columns as it has."""
-    for block in gl.static_range(tiles.shape[2] // HALF):
-        place = [i_b, t0, i_h, column + block * HALF]
-        async_load(tensor, place, full, block_of(tiles, i, block), pred=wanted)
+def _copy(tensor, i_b, i_h, t0, column, COLUMNS: gl.constexpr, full, tiles, i, wanted=True):
+    """Start to copy so many columns of C tokens of one head to where the i-th of tiles begins."""
+    AT_ONCE: gl.constexpr = tensor.block_shape[3]
+    for block in gl.static_range(COLUMNS // AT_ONCE):
+        place = [i_b, t0, i_h, column + block * AT_ONCE]
+        async_load(tensor, place, full, block_of(tiles, i, block, AT_ONCE), pred=wanted)

@@ -13,7 +13,7 @@ def copy_out(answers, i, output, t0, column):
     """Start to copy the i-th of answers [N, C, HALF], which all threads see, to its place from token t0 on."""
     tensor, i_b, i_h, p_output, stride_t = output
     if t0 >= 0:
-        async_store(tensor, [i_b, t0, i_h, column], block_of(answers, i, 0))
+        async_store(tensor, [i_b, t0, i_h, column], block_of(answers, i, 0, HALF))
     else:
         # The copy engine writes no block that begins before token 0.
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -27,4 +27,4 @@ def copy_out(answers, i, output, t0, column):
 def copy_zeros(answers, i, output, t0, column):
     """Start to copy the i-th of answers, which holds zeros, to the tokens from t0 >= 0 on."""
     tensor, i_b, i_h, _, _ = output
-    async_store(tensor, [i_b, t0, i_h, column], block_of(answers, i, 0))
+    async_store(tensor, [i_b, t0, i_h, column], block_of(answers, i, 0, HALF))

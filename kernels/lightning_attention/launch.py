@@ -4,34 +4,17 @@ Triton binds, types and hashes some forty arguments at each launch, which takes 
 Here the caller's key stands for all that this depends on, and what is compiled under it is launched directly.
 """
 
-import threading
 from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
-
-from tnllm_export.kernels.cuda_driver import capture_of, use_context
 
 LIMIT = 4096
 """Keys that are remembered; they hold sizes, and a server sees many."""
 
-STOCK = 32
-"""So many launches have their counters set to 0 at once."""
-
 _compiled: dict[Hashable, Any] = {}
-
-
-class _Stock(threading.local):
-    """Counters of a thread that are 0, by their number, device, stream and what is captured there."""
-
-    def __init__(self) -> None:
-        self.counters: dict[tuple[int, torch.device, int, int], list[Tensor]] = {}
-
-
-_stock = _Stock()
 
 
 def launch(
@@ -69,31 +52,6 @@ def launch(
     _compiled[key] = compiled[grid]
 
 
-def zero_counters(count: int, device: torch.device) -> Tensor:
-    """Return `count` int32 zeros for one launch on the current stream.
-
-    To set them to 0 is a launch of its own, which costs a short sequence's host as much as its kernel. So it is done
-    for many at a time; a CUDA graph, which is run again, does it anew for its own.
-    """
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    use_context(device.index)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    key = count, device, stream, capture_of(stream)
-    ready = _stock.counters.get(key)
-    if not ready:
-        # What is left of captures that have ended belongs to their graphs.
-        ended = [other for other in _stock.counters if other[3] not in (0, key[3])]
-        for other in ended:
-            del _stock.counters[other]
-        if len(_stock.counters) >= LIMIT // STOCK:
-            _stock.counters.clear()
-        # Rows start at multiples of 16 bytes, as allocations do.
-        rows = torch.zeros((STOCK, -(-count // 4) * 4), dtype=torch.int32, device=device)
-        ready = _stock.counters[key] = list(rows.unbind())
-    return ready.pop()
-
-
 def can_overlap(device: torch.device) -> bool:
     """Whether kernels may start while the one before ends (programmatic dependent launch, sm_90 and later)."""
     return capability(device) >= 90
@@ -101,7 +59,7 @@ def can_overlap(device: torch.device) -> bool:
 
 def is_current(device: torch.device) -> bool:
     """Whether kernels are launched on `device` as things stand. The interpreter runs them anywhere."""
-    return device.type != "cuda" or device.index == torch.cuda.current_device()
+    return device.type != "cuda" or device.index == torch._C._cuda_getDevice()
 
 
 def allocate_with_torch() -> None:

@@ -36,17 +36,18 @@ def test_a_launch_gets_maps_addresses_and_numbers_in_their_places(state):
     )
     state.argument_count = 6
     maps = [MAP.encode(4096), MAP.encode(8192)]
+    parameters = launch.parameters(maps)
     for addresses, stream in ((16, 1 << 40), 111), ((48, 80), 222):
-        launch(maps, addresses, stream)
+        launch(parameters, addresses, stream)
         assert list(state.arguments[:6]) == [4096, 7, addresses[0], (1 << 64) - 1, 8192, addresses[1]]
         assert state.stream == stream
     assert tuple(state.grid) == (5, 3, 1)
     assert (state.threads, state.shared_bytes) == (384, 1 << 16)
     assert (state.count("module"), state.count("launch")) == (1, 2)
     with pytest.raises(ValueError, match="shorter"):
-        launch(maps[:1], (16, 32), 0)
+        launch.parameters(maps[:1])
     with pytest.raises(struct.error, match="expected 2 items"):
-        launch(maps, (16,), 0)
+        launch(parameters, (16,), 0)
 
 
 def test_what_the_driver_refuses_is_named(state):
@@ -55,7 +56,7 @@ def test_what_the_driver_refuses_is_named(state):
         ("map", lambda: MAP.encode(16), "a tensor map of"),
         ("module", lambda: load_function(b"", "sweep", 0), "loading sweep"),
         ("function", lambda: load_function(b"", "sweep", 0), "finding sweep"),
-        ("launch", lambda: launch([], [], 0), "launching a kernel"),
+        ("launch", lambda: launch(launch.parameters([]), [], 0), "launching a kernel"),
     ):
         state.fail(call)
         with pytest.raises(RuntimeError, match=f"{words}.*: the CUDA driver answered CUDA_ERROR"):

@@ -217,6 +217,21 @@ def test_a_look_back_finds_its_counters_at_0_however_often_it_is_launched(on_gpu
         assert torch.equal(again, state)
 
 
+def test_look_backs_of_several_sizes_at_once_on_several_streams_keep_their_states_apart(on_gpu):
+    calls = [on_gpu(1, T, 4, K, 128) for T, K in ((4999, 128), (16384, 128), (9001, 256))]
+    expected = [lightning_attention(*inputs) for inputs in calls]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(12):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found += [(i, lightning_attention(*inputs)) for i, inputs in enumerate(calls)]
+    torch.cuda.synchronize()
+    for i, results in found:
+        assert all(torch.equal(x, y) for x, y in zip(results, expected[i], strict=True))
+
+
 def test_a_row_gives_the_same_alone_and_in_a_batch_with_padding(on_gpu, relative_error):
     query, key, value, slope_rate, past_state, _ = on_gpu(4, 2048, 4, 128, 128)
     lengths = torch.tensor([2048, 1000, 1, 65], dtype=torch.int32, device="cuda")
