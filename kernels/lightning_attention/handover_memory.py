@@ -10,6 +10,9 @@ from tnllm_export.kernels.cuda_driver import capture_of, use_context
 STOCK = 32
 """So many launches have their counters set to 0 at once."""
 
+KEPT_NUMBERS = 3 << 20
+"""Numbers of states that are kept, 12 MiB: calls that need more are so long that the host has time to allocate."""
+
 KEPT_STOCKS = 128
 """Sizes, streams and captures that counters are kept for; a server sees many sizes."""
 
@@ -29,9 +32,8 @@ def handover_memory(state_numbers: int, counters: int, device: torch.device) -> 
     """Return memory for one launch on the current stream of `device`, which is current.
 
     A launch that allocates, and sets counters to 0 by a launch of its own, costs a short sequence's host more than its
-    kernel. So a stream's launches, which run one after the other, share the memory for states (up to 128 KiB for each
-    multiprocessor), and counters are set to 0 for many at a time. A CUDA graph, which may run on any stream, and again,
-    has its own.
+    kernel. So a stream's launches, which run one after the other, share the memory for states, and counters are set to
+    0 for many at a time. A CUDA graph, which may run on any stream, and again, has its own.
 
     Args:
         state_numbers: Numbers of all states, at least.
@@ -48,10 +50,13 @@ def handover_memory(state_numbers: int, counters: int, device: torch.device) -> 
     stream = torch._C._cuda_getCurrentRawStream(index)
     if torch.cuda.is_current_stream_capturing():
         return _states(state_numbers, device), _counters(counters, device, stream, capture_of(stream))
+    zeros = _counters(counters, device, stream, 0)
+    if state_numbers > KEPT_NUMBERS:
+        return _states(state_numbers, device), zeros
     states = _kept.states.get((index, stream))
     if states is None or states.numel() < state_numbers:
         states = _kept.states[index, stream] = _states(state_numbers, device)
-    return states, _counters(counters, device, stream, 0)
+    return states, zeros
 
 
 def _states(numbers: int, device: torch.device) -> Tensor:

@@ -4,10 +4,12 @@
     compute-sanitizer --tool memcheck python tests/kernels/lightning_attention/sanitize.py
 
 and the same with `--tool racecheck` and `--tool synccheck`. Without the allocator's cache every tensor has its own
-memory, so that an access beyond its end is seen. What racecheck reports of the kernel for Hopper is explained in
-`docs/kernels.md`.
+memory, so that an access beyond its end is seen. Racecheck takes minutes for each kernel for Hopper: name the parts to
+run ("float32", "bfloat16 128x128", …; all by default) to several processes at once. What it reports of these kernels is
+explained in `docs/kernels.md`.
 """
 
+import sys
 from itertools import product
 
 import torch
@@ -18,6 +20,8 @@ from tnllm_export.kernels.lightning_attention.launch import capability
 from tnllm_export.kernels.lightning_attention.sweep_plan import Handover, SweepPlan, sweep_tiles
 
 PLANS: dict[Handover, int] = {"none": 1, "recompute": 3, "lookback": 5}
+CHUNKS = 10
+SIZES = ((128, 128), (256, 128), (48, 80))
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -32,30 +36,40 @@ def inputs(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> list[t
     ]
 
 
-def main() -> None:
+def main(chosen: list[str]) -> None:
+    parts = {f"{name} {K}x{V}": (name, K, V) for name, (K, V) in product(DTYPES, SIZES)}
+    wanted = [part for part in parts if not chosen or any(part.startswith(words) for words in chosen)]
+    if not wanted:
+        sys.exit(f"found {', '.join(chosen)}; there are: {', '.join(parts)}")
+    for part in wanted:
+        name, K, V = parts[part]
+        for handover, segments in PLANS.items():
+            _sweep(name, K, V, SweepPlan(handover, segments))
+            print(part, handover, flush=True)
+        _step_and_gradients(DTYPES[name], K, V)
+        print(part, "step and gradients", flush=True)
+
+
+def _sweep(name: str, K: int, V: int, plan: SweepPlan) -> None:
     architecture = capability(torch.device("cuda", torch.cuda.current_device()))
-    sizes = ((128, 128), (256, 128), (48, 80))
-    for (name, dtype), (K, V), (handover, segments) in product(DTYPES.items(), sizes, PLANS.items()):
-        tiles = sweep_tiles(K, V, name, architecture)  # type: ignore[arg-type]
-        chunks = 10
-        arguments = inputs(3, tiles[0].chunk * chunks - 5, 1, K, V, dtype)
-        plan = SweepPlan(handover, segments)
-        for tile, reverse in product(tiles, (False, True)):
-            output, state = torch.empty_like(arguments[2]), torch.empty_like(arguments[4])
-            sweep(*arguments, output, state, reverse=reverse, tile=tile, plan=plan)
-            torch.cuda.synchronize()
-            assert output.isfinite().all()
-            assert state.isfinite().all()
-        print(name, K, V, handover, flush=True)
-    for dtype, (K, V) in product(DTYPES.values(), ((48, 80), (128, 128), (256, 128))):
-        *activations, slope_rate, past_state, _ = inputs(3, 1, 2, K, V, dtype)
-        lightning_attention_step(*(x[:, 0] for x in activations), slope_rate, past_state)
-        leaves = [x.requires_grad_(i in (0, 1, 2, 4)) for i, x in enumerate(inputs(3, 300, 2, K, V, dtype))]
-        output, state = lightning_attention(*leaves)
-        (output.float().sum() + state.sum()).backward()
+    tiles = sweep_tiles(K, V, name, architecture)  # type: ignore[arg-type]
+    arguments = inputs(3, tiles[0].chunk * CHUNKS - 5, 1, K, V, DTYPES[name])
+    for tile, reverse in product(tiles, (False, True)):
+        output, state = torch.empty_like(arguments[2]), torch.empty_like(arguments[4])
+        sweep(*arguments, output, state, reverse=reverse, tile=tile, plan=plan)
         torch.cuda.synchronize()
-        print(dtype, K, V, "step and gradients", flush=True)
+        assert output.isfinite().all()
+        assert state.isfinite().all()
+
+
+def _step_and_gradients(dtype: torch.dtype, K: int, V: int) -> None:
+    *activations, slope_rate, past_state, _ = inputs(3, 1, 2, K, V, dtype)
+    lightning_attention_step(*(x[:, 0] for x in activations), slope_rate, past_state)
+    leaves = [x.requires_grad_(i in (0, 1, 2, 4)) for i, x in enumerate(inputs(3, 300, 2, K, V, dtype))]
+    output, state = lightning_attention(*leaves)
+    (output.float().sum() + state.sum()).backward()
+    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -66,6 +66,15 @@ def test_states_grow_and_other_streams_have_theirs(gpu):
     assert handover_memory(100, 5, DEVICE)[0].data_ptr() not in (small.data_ptr(), large.data_ptr())
 
 
+def test_states_of_a_long_call_are_not_kept(gpu, monkeypatch):
+    monkeypatch.setattr(module, "KEPT_NUMBERS", 150)
+    kept, _ = handover_memory(150, 5, DEVICE)
+    large = [handover_memory(151, 5, DEVICE)[0] for _ in range(2)]
+    assert all(states.numel() >= 151 for states in large)
+    assert len({states.data_ptr() for states in (kept, *large)}) == 3
+    assert handover_memory(150, 5, DEVICE)[0].data_ptr() == kept.data_ptr()
+
+
 def test_a_graph_has_memory_of_its_own_and_sets_its_counters_to_0_again(gpu):
     eager, _ = handover_memory(100, 5, DEVICE)
     gpu.capture = 31
