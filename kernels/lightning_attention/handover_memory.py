@@ -1,6 +1,8 @@
 """Memory of a look-back: where segments leave their states for each other, and counters that say which are there."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,11 +23,26 @@ class _Kept(threading.local):
     """What one thread keeps for its next launches, by device, stream and what is captured there."""
 
     def __init__(self) -> None:
+        self.nothing = False
         self.states: dict[tuple[int, int], Tensor] = {}
         self.counters: dict[tuple[int, int, int, int], list[Tensor]] = {}
 
 
 _kept = _Kept()
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Keep no memory that is allocated in this context, in this thread.
+
+    For calls from compiled code: torch.compile allocates from a pool of its CUDA graphs, also while it warms up without
+    capturing, and refuses what stays there.
+    """
+    before, _kept.nothing = _kept.nothing, True
+    try:
+        yield
+    finally:
+        _kept.nothing = before
 
 
 def handover_memory(state_numbers: int, counters: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -43,7 +60,7 @@ def handover_memory(state_numbers: int, counters: int, device: torch.device) -> 
     Returns:
         At least so many float32 with anything in them, and so many int32 that are 0.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or _kept.nothing:
         return _states(state_numbers, device), torch.zeros(counters, dtype=torch.int32, device=device)
     index = device.index
     use_context(index)

@@ -26,6 +26,7 @@ from tnllm_export.kernels.lightning_attention.blocked import (
     lightning_attention_blocked,
     lightning_attention_blocked_backward,
 )
+from tnllm_export.kernels.lightning_attention.handover_memory import nothing_kept
 from tnllm_export.kernels.lightning_attention.slope_gradient import slope_gradient_in_pieces
 from tnllm_export.kernels.lightning_attention.step import lightning_attention_step_pytorch
 from tnllm_export.kernels.tracing import needs_gradient, runs_untraced
@@ -136,7 +137,8 @@ def _chunk_op(
     query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     check_chunk_inputs(query, key, value, slope_rate, past_state, lengths)
-    return _chunk(query, key, value, slope_rate, past_state, lengths)
+    with nothing_kept():
+        return _chunk(query, key, value, slope_rate, past_state, lengths)
 
 
 @_chunk_op.register_fake
@@ -159,7 +161,8 @@ def _chunk_backward_op(
     lengths: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = (grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
-    return cast(tuple[Tensor, Tensor, Tensor, Tensor], _chunk_backward(*arguments))
+    with nothing_kept():
+        return cast(tuple[Tensor, Tensor, Tensor, Tensor], _chunk_backward(*arguments))
 
 
 @_chunk_backward_op.register_fake

@@ -388,6 +388,22 @@ def test_compiled_checkpointed_and_eager_agree_under_autocast(on_gpu):
             assert torch.equal(found, reference)
 
 
+def test_cuda_graphs_of_compiled_code_find_nothing_left_in_their_memory(on_gpu):
+    inputs = on_gpu(1, 4999, 4, 128, 128)
+    grad = torch.randn_like(inputs[2])
+
+    def gradients(function):
+        leaves = [x.detach().requires_grad_(i < 3) for i, x in enumerate(inputs)]
+        output, _ = function(*leaves)
+        return output.detach().clone(), *(x.clone() for x in torch.autograd.grad(output, leaves[:3], grad))
+
+    expected = gradients(lightning_attention)
+    compiled = torch.compile(lightning_attention, mode="reduce-overhead", fullgraph=True)
+    for _ in range(5):  # warms up, records, replays
+        for found, reference in zip(gradients(compiled), expected, strict=True):
+            assert torch.equal(found, reference)
+
+
 def test_ops_keep_the_rules_of_torch_library(on_gpu, step_inputs):
     inputs = on_gpu(2, 100, 2, 32, 16)
     leaves = [x.detach().requires_grad_(i in (0, 1, 2, 4)) for i, x in enumerate(inputs)]

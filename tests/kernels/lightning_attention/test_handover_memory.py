@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tnllm_export.kernels.lightning_attention import handover_memory as module
-from tnllm_export.kernels.lightning_attention.handover_memory import STOCK, handover_memory
+from tnllm_export.kernels.lightning_attention import op
+from tnllm_export.kernels.lightning_attention.handover_memory import STOCK, handover_memory, nothing_kept
 
 DEVICE = SimpleNamespace(type="cuda", index=0)
 
@@ -93,6 +94,43 @@ def test_counters_of_many_sizes_are_not_kept_for_ever(gpu, monkeypatch):
     for count in range(1, 9):
         handover_memory(100, count, DEVICE)
         assert len(module._kept.counters) <= 3
+
+
+def test_nothing_is_kept_for_compiled_code(gpu):
+    kept, _ = handover_memory(100, 5, DEVICE)
+    for gpu.capture in (0, 31):
+        with nothing_kept():
+            found = [handover_memory(100, 5, DEVICE) for _ in range(2)]
+        assert len({states.data_ptr() for states, _ in found} | {kept.data_ptr()}) == 3
+        assert not any(counters.any() for _, counters in found)
+    assert {key[3] for key in module._kept.counters} == {0}
+    assert gpu.zeroed == 1 + 2 * 2
+    gpu.capture = 0
+    assert handover_memory(100, 5, DEVICE)[0].data_ptr() == kept.data_ptr()
+
+
+def test_compiled_code_calls_ops_that_keep_nothing(monkeypatch, step_inputs):
+    keeping = []
+
+    def recorded(function):
+        def record(*arguments, **keywords):
+            keeping.append(not module._kept.nothing)
+            return function(*arguments, **keywords)
+
+        return record
+
+    for name in ("_chunk", "_chunk_backward"):
+        monkeypatch.setattr(op, name, recorded(getattr(op, name)))
+    *activations, slope_rate, state = step_inputs(2, 3, 16, 16)
+    leaves = [x[:, None].requires_grad_() for x in activations]
+    inputs = (*leaves, slope_rate, state, torch.ones(2, dtype=torch.int32))
+    for call in (op.lightning_attention, torch.ops.tnllm.lightning_attention):
+        torch.autograd.grad(call(*inputs)[0].sum(), leaves)
+    # The last one is the backward of the op that eager code has called: compiled code calls an op for that, too.
+    assert keeping == [True, True, False, True]
+    with_backward = torch.ops.tnllm.lightning_attention_backward
+    with_backward(leaves[2].detach(), state, *(x.detach() for x in inputs))
+    assert keeping[4:] == [False]
 
 
 def test_elsewhere_nothing_is_kept():
