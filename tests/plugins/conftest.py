@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks.plugin_driver import PluginLibrary, compile_driver
-from tests.plugins.fake import fake_library, fake_table, shared_folder
+from tests.plugins.fake import fake_library, fake_table
 from tests.plugins.on_gpu import gpu_library_in
+from tests.workers import shared_folder
 from tnllm_export.kernels.compiled import KernelTable
 
 

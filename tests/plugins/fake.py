@@ -5,6 +5,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from tests.workers import shared_folder
 from tnllm_export.kernels.compiled import CompiledKernel, KernelTable
 from tnllm_export.kernels.lightning_attention.sweep_plan import RECOMPUTE_CHUNKS
 from tnllm_export.plugins.library import build_library
@@ -71,11 +72,6 @@ def fake(op, capability, dtype, K, V, block, chunk, handover, arguments) -> Comp
         scratch_alignment=128,
         arguments=arguments,
     )
-
-
-def shared_folder(base: Path) -> Path:
-    """Return a folder that all workers of a test run share: each worker's own base is inside it."""
-    return base.parent if base.name.startswith("popen-") else base
 
 
 def fake_library(base: Path) -> Path:

@@ -10,7 +10,8 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
-from tests.plugins.fake import fake_library, shared_folder
+from tests.plugins.fake import fake_library
+from tests.workers import shared_folder
 from tnllm_export.build import EngineOptions, build_engines
 from tnllm_export.bundle import Bundle, open_bundle
 from tnllm_export.demo import checkpoint_folder

@@ -8,9 +8,9 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
-from tests.plugins.fake import shared_folder
 from tests.tnllm_export.runtime.fake_graphs import Capture
 from tests.tnllm_export.runtime.runtimes import Packaged, make_runtime
+from tests.workers import shared_folder
 from tnllm_export.build import EngineOptions, build_engines
 from tnllm_export.bundle import Bundle, open_bundle
 from tnllm_export.export import export_bundle
