@@ -65,45 +65,39 @@ def accumulator_dtype(activation: torch.dtype) -> torch.dtype:
 _ACCUMULATORS = {activation: accumulator_dtype(activation) for activation in ACTIVATION_DTYPES}
 
 
-# Every call of an op makes these checks: they ask each tensor once for what they need, and call nothing if it fits.
+# Every call of an op makes these checks, so they are written out: a loop or a call for each tensor takes twice as long.
 def check_chunk_inputs(
     query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, lengths: Tensor
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit the chunk op's contract."""
-    shape, values = query.shape, value.shape
-    if len(shape) != 4:
-        raise _wrong_rank("query", query, "4 dimensions [B, T, H, K]")
-    B, T, H, K = shape
-    if len(values) != 4:
-        raise _wrong_rank("value", value, "4 dimensions [B, T, H, V]")
-    V = values[3]
-    if key.shape != shape:
-        raise _wrong_shape("key", key, shape)
-    if values[:3] != shape[:3]:
-        raise _wrong_shape("value", value, (B, T, H, V))
-    if lengths.shape != (B,):
-        raise _wrong_shape("lengths", lengths, (B,))
+    state_shape = _checked_state_shape(query, key, value, 4, "B, T, H")
+    if lengths.shape != state_shape[:1]:
+        raise _wrong_shape("lengths", lengths, state_shape[:1])
     if lengths.dtype is not torch.int32:
         raise TypeError(f"lengths is {lengths.dtype}; expected torch.int32")
     if lengths.device != query.device:
         raise _wrong_device("lengths", lengths, query.device)
-    _check_state_and_dtypes(query, key, value, slope_rate, past_state, (B, H, K, V))
+    _check_state_and_dtypes(query, key, value, slope_rate, past_state, state_shape)
 
 
 def check_step_inputs(query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit the decode step's contract."""
+    state_shape = _checked_state_shape(query, key, value, 3, "B, H")
+    _check_state_and_dtypes(query, key, value, slope_rate, past_state, state_shape)
+
+
+def _checked_state_shape(query: Tensor, key: Tensor, value: Tensor, rank: int, rows: str) -> tuple[int, int, int, int]:
+    """Return the shape of the state that activations of so many dimensions ask for, [B, H, K, V]."""
     shape, values = query.shape, value.shape
-    if len(shape) != 3:
-        raise _wrong_rank("query", query, "3 dimensions [B, H, K]")
-    B, H, K = shape
-    if len(values) != 3:
-        raise _wrong_rank("value", value, "3 dimensions [B, H, V]")
-    V = values[2]
+    if len(shape) != rank:
+        raise _wrong_rank("query", query, f"{rank} dimensions [{rows}, K]")
+    if len(values) != rank:
+        raise _wrong_rank("value", value, f"{rank} dimensions [{rows}, V]")
     if key.shape != shape:
         raise _wrong_shape("key", key, shape)
-    if values[:2] != shape[:2]:
-        raise _wrong_shape("value", value, (B, H, V))
-    _check_state_and_dtypes(query, key, value, slope_rate, past_state, (B, H, K, V))
+    if values[:-1] != shape[:-1]:
+        raise _wrong_shape("value", value, (*shape[:-1], values[-1]))
+    return shape[0], shape[-2], shape[-1], values[-1]
 
 
 def _check_state_and_dtypes(

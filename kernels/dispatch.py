@@ -61,8 +61,6 @@ def form_for(device: torch.device) -> Form:
     choice = kernel_choice()
     if choice == "pytorch":
         return "pytorch"
-    if device.type == "cuda" and _triton_installed():
-        return "triton"
     reason = _obstacle(device)
     if reason is None:
         return "triton"
@@ -79,7 +77,7 @@ def interpreted() -> bool:
 def _obstacle(device: torch.device) -> str | None:
     if not _triton_installed():
         return "the package triton is not installed"
-    if interpreted() and kernel_choice() == "triton":
+    if device.type == "cuda" or (interpreted() and kernel_choice() == "triton"):
         return None
     return f"the tensors are on {device.type}, not on a CUDA device"
 

@@ -55,7 +55,14 @@ def compile_hopper(kernel: Any, constants: dict[str, Any]) -> tuple[Any, list[st
 
     names = kernel.arg_names
     copied = _copied_at_once(constants)
-    signature = {name: "constexpr" if name in constants else _type(name, copied) for name in names}
+    signature = {}
+    for name in names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in _MAPS:
+            signature[name] = _map_type(copied.get(name, BLOCK_COLUMNS))
+        else:
+            signature[name] = _type(name)
     # What is read and written in vectors.
     aligned = [name for name in names if name in (*_BFLOAT16, "p_carry") or name.startswith("output_stride")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants}
@@ -86,11 +93,12 @@ def _copied_at_once(constants: dict[str, Any]) -> dict[str, int]:
     return {"query": constants["K"], "key": constants["K"], "value": of_values}
 
 
-def _type(name: str, copied: dict[str, int] | None = None) -> str:
-    if name in _MAPS:
-        columns = (copied or {}).get(name, BLOCK_COLUMNS)
-        layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
-        return f"tensordesc<bf16[1, {CHUNK}, 1, {columns}],{layout}>"
+def _map_type(columns: int) -> str:
+    layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
+    return f"tensordesc<bf16[1, {CHUNK}, 1, {columns}],{layout}>"
+
+
+def _type(name: str) -> str:
     if name.startswith("p_"):
         return "*bf16" if name in _BFLOAT16 else "*i32" if name in _INT32 else "*fp32"
     # From one sequence of a batch to the next may be more than 2^31 elements.
