@@ -4,9 +4,9 @@
     compute-sanitizer --tool memcheck python tests/kernels/lightning_attention/sanitize.py
 
 and the same with `--tool racecheck` and `--tool synccheck`. Without the allocator's cache every tensor has its own
-memory, so that an access beyond its end is seen. Racecheck takes minutes for each kernel for Hopper: name the parts to
-run ("float32", "bfloat16 128x128", …; all by default) to several processes at once. What it reports of these kernels is
-explained in `docs/kernels.md`.
+memory, so that an access beyond its end is seen. Racecheck takes half a minute for each kernel for Hopper: name what
+to run ("float32", "bfloat16 128x128", "bfloat16 128x128 lookback", …; all by default) to several processes at once.
+What it reports of these kernels is explained in `docs/kernels.md`.
 """
 
 import sys
@@ -20,6 +20,8 @@ from tnllm_export.kernels.lightning_attention.launch import capability
 from tnllm_export.kernels.lightning_attention.sweep_plan import Handover, SweepPlan, sweep_tiles
 
 PLANS: dict[Handover, int] = {"none": 1, "recompute": 3, "lookback": 5}
+GRADIENTS = "step and gradients"
+PARTS = (*PLANS, GRADIENTS)
 CHUNKS = 10
 SIZES = ((128, 128), (256, 128), (48, 80))
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,17 +39,17 @@ def inputs(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> list[t
 
 
 def main(chosen: list[str]) -> None:
-    parts = {f"{name} {K}x{V}": (name, K, V) for name, (K, V) in product(DTYPES, SIZES)}
-    wanted = [part for part in parts if not chosen or any(part.startswith(words) for words in chosen)]
+    runs = {f"{name} {K}x{V} {part}": (name, K, V, part) for name, (K, V), part in product(DTYPES, SIZES, PARTS)}
+    wanted = [run for run in runs if not chosen or any(run.startswith(words) for words in chosen)]
     if not wanted:
-        sys.exit(f"found {', '.join(chosen)}; there are: {', '.join(parts)}")
-    for part in wanted:
-        name, K, V = parts[part]
-        for handover, segments in PLANS.items():
-            _sweep(name, K, V, SweepPlan(handover, segments))
-            print(part, handover, flush=True)
-        _step_and_gradients(DTYPES[name], K, V)
-        print(part, "step and gradients", flush=True)
+        sys.exit(f"found {', '.join(chosen)}; there are: {', '.join(runs)}")
+    for run in wanted:
+        name, K, V, part = runs[run]
+        if part == GRADIENTS:
+            _step_and_gradients(DTYPES[name], K, V)
+        else:
+            _sweep(name, K, V, SweepPlan(part, PLANS[part]))
+        print(run, flush=True)
 
 
 def _sweep(name: str, K: int, V: int, plan: SweepPlan) -> None:
