@@ -1,17 +1,22 @@
 """Tests marked `gpu` run wherever a CUDA device is; without one, Triton kernels run under Triton's interpreter."""
 
+import getpass
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
-from tests.workers import shared_folder
+from tests.workers import shared_device
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined, so it must be set before any test module is imported.
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Else each of the workers starts a thread for each core.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,6 +26,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test marked `gpu(alone=True)` have the GPU alone, with what it sets up and leaves behind."""
+    marker = item.get_closest_marker("gpu")
+    if marker is None or not torch.cuda.is_available():
+        return (yield)
+    folder = Path(tempfile.gettempdir()) / f"tnllm-export-tests-{getpass.getuser()}"
+    folder.mkdir(exist_ok=True)
+    with shared_device(folder, alone=marker.kwargs.get("alone", False)):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -35,10 +52,3 @@ def _memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.node.get_closest_marker("gpu") and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-@pytest.fixture
-def much_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For tests that take tens of GB of a GPU: one after the other, in whichever process they run."""
-    with FileLock(shared_folder(tmp_path_factory.getbasetemp()) / "much_memory.lock"):
-        yield

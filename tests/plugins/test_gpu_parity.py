@@ -50,7 +50,7 @@ def test_prefill_is_right_for_all_lengths_and_batches(plugins, dtype, K, V):
         check(inputs, run(beside, inputs), run(in_place, inputs, in_place=True))
 
 
-@pytest.mark.usefixtures("much_memory")
+@pytest.mark.gpu(alone=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_largest_batch_of_the_longest_prompts_is_right(plugins, dtype):
     inputs = draw(CHUNK, 64, 16384, 1, 256, 128, dtype)
@@ -105,7 +105,7 @@ def test_a_prompt_in_pieces_and_tokens_continues_as_one(plugins):
     assert relative_error(state, whole_state) <= STATE
 
 
-@pytest.mark.usefixtures("much_memory")
+@pytest.mark.gpu(alone=True)
 def test_batches_of_more_than_two_to_the_31_elements_are_right(plugins):
     B, T, H, D = 2, (1 << 19) + 100, 32, 128
     x = 0.2 * torch.randn(B, T, H, D, dtype=torch.bfloat16, device="cuda")

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.gpu
 SHAPES, ENQUEUES = 1000, 10_000
 
 
+@pytest.mark.gpu(alone=True)
 def test_ten_thousand_enqueues_of_a_thousand_shapes_leave_memory_and_modules_as_they_were(
     gpu_library, plugin_driver, tmp_path
 ):

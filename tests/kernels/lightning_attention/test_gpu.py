@@ -417,7 +417,7 @@ def test_ops_keep_the_rules_of_torch_library(on_gpu, step_inputs):
     )
 
 
-@pytest.mark.usefixtures("much_memory")
+@pytest.mark.gpu(alone=True)
 def test_tensors_of_more_than_two_to_the_31_elements(relative_error):
     B, T, H, D = 2, (1 << 19) + 100, 32, 128
     x = 0.2 * torch.randn(B, T, H, D, dtype=torch.bfloat16, device="cuda")
