@@ -217,8 +217,8 @@ class PerThread(threading.local):
 
 @cache
 def _driver() -> Any:
-    # The calls are short: whoever makes one keeps the interpreter's lock.
-    return ctypes.PyDLL("libcuda.so.1")
+    # Its calls let other threads run Python: a launch blocks while the queue is full, perhaps with what waits for them.
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def _check(result: int, what: str) -> None:

@@ -6,6 +6,7 @@ The choice is read when an op runs, never when it is traced: an exported or comp
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -20,24 +21,34 @@ CHOICES: tuple[Choice, ...] = ("auto", "triton", "pytorch")
 ENVIRONMENT_VARIABLE = "TNLLM_KERNELS"
 """`auto`, `triton` or `pytorch`; what `use_kernels` says goes first."""
 
-# One for the process, no context variable: autograd runs a CUDA backward in a thread of its own.
-_chosen: list[Choice] = []
+
+@dataclass(frozen=True, eq=False)
+class _Context:
+    """A `use_kernels` that has not ended."""
+
+    choice: Choice
+
+
+# One list for the process, no context variable: autograd runs a CUDA backward in a thread of its own.
+_contexts: list[_Context] = []
 
 
 @contextmanager
 def use_kernels(choice: Choice) -> Iterator[None]:
     """Compute the ops inside this context by Triton kernels ("triton"), in PyTorch ("pytorch") or as fits ("auto").
 
-    The choice holds for all threads of the process.
+    The choice holds for all threads of the process. Of several contexts the one that was entered last counts, in
+    whichever order they end.
 
     Raises:
         ValueError: No such choice.
     """
-    _chosen.append(_checked(choice, "use_kernels"))
+    context = _Context(_checked(choice, "use_kernels"))
+    _contexts.append(context)
     try:
         yield
     finally:
-        _chosen.pop()
+        _contexts.remove(context)
 
 
 def kernel_choice() -> Choice:
@@ -46,8 +57,8 @@ def kernel_choice() -> Choice:
     Raises:
         ValueError: The environment variable holds no choice.
     """
-    if _chosen:
-        return _chosen[-1]
+    if _contexts:
+        return _contexts[-1].choice
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 

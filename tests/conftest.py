@@ -3,7 +3,7 @@
 import getpass
 import os
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,3 +52,18 @@ def _memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.node.get_closest_marker("gpu") and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def far_apart(device: torch.device, tmp_path: Path) -> Callable[[torch.Tensor, tuple[int, ...]], torch.Tensor]:
+    """Give a tensor with the same numbers and such strides; what lies between takes no memory but a GPU's."""
+
+    def spread(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+        size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+        if device.type == "cuda":
+            memory = torch.empty(size, dtype=x.dtype, device=device)
+        else:
+            memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=x.dtype)
+        return memory.as_strided(x.shape, strides).copy_(x)
+
+    return spread

@@ -65,8 +65,7 @@ def lightning_attention_blocked_backward(
     if T == 0:
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
         return dq, dk, dv, torch.zeros_like(slope_rate), grad_state.contiguous().clone()
-    q, k, v = _chunked(query, None), _chunked(key, lengths), _chunked(value, lengths)
-    do = _chunked(grad_output, lengths)
+    q, k, v, do = (_chunked(x, lengths) for x in (query, key, value, grad_output))
     N, C = q.shape[2:4]
     decays = _decays(slope_rate, lengths.clamp(max=T), N)
     M = decays.intra[:, None]

@@ -27,6 +27,7 @@ from tnllm_export.kernels.lightning_attention.sweep_cut import (
     backward_cut,
     leave_out_hopper,
     rows_fit,
+    state_fits,
     sweep_cut,
     sweeps_at_once,
 )
@@ -62,6 +63,7 @@ def lightning_attention_triton_backward(
     d_state = _like(past_state) if state_too else None
     # Here, where a copy serves several sweeps.
     query, key, value, grad_output = (_dense_rows(x) for x in (query, key, value, grad_output))
+    past_state, grad_state = _near(past_state), _near(grad_state)
     inputs = (query, key, value, grad_output, slope_rate, past_state, grad_state, lengths)
     swept = sweep_back(inputs, (dq, dk, dv, d_state))
     if swept < 2:
@@ -130,7 +132,7 @@ def sweep(
     )
     if cut.needs_copies or (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15:
         sweep(
-            _dense_rows(query), _dense_rows(key), _dense_rows(value), slope_rate, past_state, lengths, output,
+            _dense_rows(query), _dense_rows(key), _dense_rows(value), slope_rate, _near(past_state), lengths, output,
             present_state, reverse=reverse, tile=tile, plan=plan,
         )  # fmt: skip
         return
@@ -211,6 +213,11 @@ def _handover_buffers(cut: Cut, past_state: Tensor, lengths: Tensor) -> tuple[Te
     if not cut.carry:
         return past_state, lengths
     return handover_memory(cut.carry, cut.progress, lengths.device)
+
+
+def _near(state: Tensor) -> Tensor:
+    """Give a state as it is where 32 bits reach all of a head's numbers; else a copy."""
+    return state if state_fits(state.shape, state.stride()) else state.clone(memory_format=torch.contiguous_format)
 
 
 def _like(x: Tensor) -> Tensor:

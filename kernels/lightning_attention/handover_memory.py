@@ -15,6 +15,9 @@ STOCK = 32
 KEPT_NUMBERS = 3 << 20
 """Numbers of states that are kept, 12 MiB: calls that need more are so long that the host has time to allocate."""
 
+KEPT_STREAMS = 8
+"""Streams that states are kept for, by each thread."""
+
 KEPT_STOCKS = 128
 """Sizes, streams and captures that counters are kept for; a server sees many sizes."""
 
@@ -72,6 +75,8 @@ def handover_memory(state_numbers: int, counters: int, device: torch.device) -> 
         return _states(state_numbers, device), zeros
     states = _kept.states.get((index, stream))
     if states is None or states.numel() < state_numbers:
+        if states is None and len(_kept.states) >= KEPT_STREAMS:
+            _kept.states.clear()
         states = _kept.states[index, stream] = _states(state_numbers, device)
     return states, zeros
 

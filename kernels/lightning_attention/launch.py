@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import triton
 
+from tnllm_export.kernels.dispatch import interpreted
+
 LIMIT = 4096
 """Keys that are remembered; they hold sizes, and a server sees many."""
 
@@ -77,7 +79,7 @@ def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 @cache
 def capability(device: torch.device) -> int:
     """Compute capability, 90 for 9.0; 80 where kernels are interpreted: they are then the portable ones."""
-    if device.type != "cuda":
+    if device.type != "cuda" or interpreted():
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

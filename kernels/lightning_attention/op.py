@@ -1,7 +1,7 @@
 """The two ops: what a model calls, and the torch.library ops that tracers see.
 
-A traced program (torch.export, torch.compile, a dispatch mode, a functorch transform) holds one node for each op. Plain
-eager code calls the forms directly: torch.library's Python wrappers take longer than a short kernel.
+A traced program (torch.export, torch.compile, a dispatch mode) holds one node for each op. Plain eager code calls the
+forms directly: torch.library's Python wrappers take longer than a short kernel.
 """
 
 import warnings
@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tnllm_export.kernels.contract import (
     LIGHTNING_ATTENTION,
@@ -29,7 +28,7 @@ from tnllm_export.kernels.lightning_attention.blocked import (
 from tnllm_export.kernels.lightning_attention.handover_memory import nothing_kept
 from tnllm_export.kernels.lightning_attention.slope_gradient import slope_gradient_in_pieces
 from tnllm_export.kernels.lightning_attention.step import lightning_attention_step_pytorch
-from tnllm_export.kernels.tracing import needs_gradient, runs_untraced
+from tnllm_export.kernels.tracing import needs_gradient, runs_transformed, runs_untraced
 
 MAX_HEAD_DIM = 256
 """The widest query, key and value that the Triton kernels take; all widths are multiples of HEAD_DIM_STEP."""
@@ -42,10 +41,10 @@ def lightning_attention(
 ) -> tuple[Tensor, Tensor]:
     """Lightning attention over many tokens: S_t = exp(-s) S_{t-1} + k_t v_tᵀ; o_t = q_tᵀ S_t.
 
-    No scale, no denominator. Differentiable, once, in everything but lengths. Triton kernels on CUDA and PyTorch
-    elsewhere, as `use_kernels` says; PyTorch also for float64 and, with a warning, for sizes that the kernels do not
-    take. Under torch.autocast query, key and value are cast to its dtype, and nothing else. Source: arXiv 2401.04658,
-    with the released TransNormerLLM's per-head decay.
+    No scale, no denominator. Differentiable, once and in reverse mode, in everything but lengths. Triton kernels on
+    CUDA and PyTorch elsewhere, as `use_kernels` says; PyTorch also for float64 and, with a warning, for sizes that the
+    kernels do not take. Under torch.autocast query, key and value are cast to its dtype, and nothing else. Source:
+    arXiv 2401.04658, with the released TransNormerLLM's per-head decay.
 
     Args:
         query: [B, T, H, K] float32, float16, bfloat16 or float64.
@@ -61,10 +60,12 @@ def lightning_attention(
     Raises:
         ValueError: A shape or a device does not fit.
         TypeError: A dtype does not fit.
+        NotImplementedError: A tensor has a tangent (forward mode).
     """
     query, key, value = _autocast(query, key, value)
     if not runs_untraced(query, key, value, slope_rate, past_state, lengths):
-        return _chunk_op(query, key, value, slope_rate, past_state, lengths)  # type: ignore[no-any-return]
+        called: Any = _TransformedLightningAttention.apply if runs_transformed() else _chunk_op
+        return called(query, key, value, slope_rate, past_state, lengths)  # type: ignore[no-any-return]
     check_chunk_inputs(query, key, value, slope_rate, past_state, lengths)
     if needs_gradient(query, key, value, slope_rate, past_state):
         results: tuple[Tensor, Tensor] = _LightningAttention.apply(  # type: ignore[no-untyped-call]
@@ -79,8 +80,8 @@ def lightning_attention_step(
 ) -> tuple[Tensor, Tensor]:
     """Compute one decoded token by the robust recurrence: S = exp(-s) S + k vᵀ; o = qᵀ S.
 
-    For inference: it has no backward; train with `lightning_attention`. Forms, autocast and sizes are as there. Source:
-    arXiv 2307.14995, robust inference.
+    For inference: it has no backward, and says so when one is asked for; train with `lightning_attention`. Forms,
+    autocast and sizes are as there. Source: arXiv 2307.14995, robust inference.
 
     Args:
         query: [B, H, K] float32, float16, bfloat16 or float64.
@@ -110,7 +111,8 @@ def lightning_attention_step_in_place(
 ) -> Tensor:
     """Compute `lightning_attention_step` and write the new state where the old one was; return output [B, H, V].
 
-    For runtimes that own the state, and for CUDA graphs, which are bound to its address. It is not traced.
+    For runtimes that own the state, and for CUDA graphs, which are bound to its address. It is not traced, and autograd
+    does not know of it, whatever requires a gradient.
 
     Args:
         query, key, value, slope_rate: As for `lightning_attention_step`.
@@ -120,15 +122,19 @@ def lightning_attention_step_in_place(
         ValueError: A shape or a device does not fit, or the state is not contiguous.
         TypeError: A dtype does not fit.
     """
+    query, key, value = _autocast(query, key, value)
     check_step_inputs(query, key, value, slope_rate, state)
     if not state.is_contiguous():
         raise ValueError(f"state has strides {state.stride()}; expected a contiguous one, to be written in place")
     if _runs_triton(query, value):
         output = torch.empty_like(value, memory_format=torch.contiguous_format)
         _triton_step().step(query, key, value, slope_rate, state, output, state)
+        # Whoever has kept the state for a backward of their own is told.
+        torch.autograd.graph.increment_version(state)
         return output
-    output, present_state = _step(query, key, value, slope_rate, state)
-    state.copy_(present_state)
+    with torch.no_grad():
+        output, present_state = _step(query, key, value, slope_rate, state)
+        state.copy_(present_state)
     return output
 
 
@@ -222,6 +228,39 @@ def _(query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state:
     return _like(value), _like(past_state)
 
 
+def _no_gradient_of_gradients(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("lightning_attention can be differentiated once: its gradients have no derivative")
+
+
+def _no_gradient_of_a_step(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("lightning_attention_step has no backward: it is for inference; train with lightning_attention")
+
+
+_chunk_backward_op.register_autograd(_no_gradient_of_gradients)
+_slope_gradient_op.register_autograd(_no_gradient_of_gradients)
+_step_op.register_autograd(_no_gradient_of_a_step)
+
+
+def _map(op: Any) -> None:
+    """Let torch.func.vmap call `op` once for each of what it maps over: lengths, decays and states differ."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Any, Any]:
+        results = [
+            op(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    op.register_vmap(rule)
+
+
+for _op in (_chunk_op, _chunk_backward_op, _slope_gradient_op, _step_op):
+    _map(_op)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs)
     ctx.set_materialize_grads(False)  # the state's gradient is mostly absent, and large
@@ -232,17 +271,25 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None) -
     _, _, value, _, past_state, _ = inputs
     _, _, _, slope_too, state_too, _ = ctx.needs_input_grad
     given = [grad for grad in (grad_output, grad_state) if grad is not None]
-    untraced = runs_untraced(*inputs, *given)
+    # Where gradients are to be differentiated (create_graph=True), the op answers: it knows that they can't.
+    untraced = runs_untraced(*inputs, *given) and not torch.is_grad_enabled()
     grad_output = _absent(value, untraced) if grad_output is None else grad_output
     grad_state = _absent(past_state, untraced) if grad_state is None else grad_state
     arguments = (grad_output, grad_state, *inputs)
     if untraced:
         dq, dk, dv, d_state = _chunk_backward(*arguments, state_too=state_too)
     else:
-        dq, dk, dv, d_state = _chunk_backward_op(*arguments)
-    slope_gradient = _slope_gradient if untraced else _slope_gradient_op
-    d_slope = slope_gradient(*arguments) if slope_too else None
+        dq, dk, dv, d_state = _op_in_backward(_chunk_backward_op, *arguments)
+    d_slope = None
+    if slope_too:
+        d_slope = _slope_gradient(*arguments) if untraced else _op_in_backward(_slope_gradient_op, *arguments)
     return dq, dk, dv, d_slope, d_state, None
+
+
+def _op_in_backward(op: Any, *arguments: Tensor) -> Any:
+    if runs_transformed():
+        return _TransformedGradient.apply(op, *arguments)  # type: ignore[no-untyped-call]
+    return op(*arguments)
 
 
 _zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -276,9 +323,47 @@ class _LightningAttention(torch.autograd.Function):
         return output, present_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, *grads)
+
+
+# The same for torch.func's transforms, which want the context apart: those take longer to call.
+
+
+class _TransformedLightningAttention(torch.autograd.Function):
+    """The chunk op with its gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return _chunk_op(*inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save_for_backward(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
+
+
+class _TransformedGradient(torch.autograd.Function):
+    """One of the ops that make gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, *inputs: Tensor) -> Any:
+        return op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        _no_gradient_of_gradients(ctx, *grads)
 
 
 def _chunk(

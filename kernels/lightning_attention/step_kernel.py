@@ -53,7 +53,7 @@ def step_kernel(  # noqa: D103
     i_v = i_column % NV
     i_head = i_column // NV
     i_b = (i_head // H).to(tl.int64)
-    i_h = i_head % H
+    i_h = (i_head % H).to(tl.int64)
 
     k_column = tl.arange(0, BK)
     v_column = i_v * BV + tl.arange(0, BV)

@@ -42,7 +42,7 @@ class Cut:
     progress: int
     """Of its counters."""
     needs_copies: bool = False
-    """Whether rows of query, key or value lie as no kernel takes them; nothing else is known then."""
+    """Whether rows of query, key or value, or a state, lie as no kernel takes them; nothing else is known then."""
     hopper: HopperLaunch | None = None
     """For the kernels for Hopper, all else; for the portable one, what follows."""
     kernel: Any = None
@@ -80,7 +80,8 @@ def sweep_cut(
     values = torch.Size((B, T, H, V))
     *activations, past, present = strides
     read = zip((shape, shape, values), activations, strict=False)
-    if not all(rows_fit(x, stride, dtype.itemsize) for x, stride in read):
+    fit = all(rows_fit(x, stride, dtype.itemsize) for x, stride in read)
+    if not fit or not state_fits((B, H, K, V), past):
         return Cut(grid=(0, 0, 0), carry=0, progress=0, needs_copies=True)
     activation = _ACTIVATIONS[dtype]
     if tile is not None:
@@ -213,6 +214,13 @@ def leave_out_hopper(error: Exception) -> None:
     _left_out.append(error)
     for known in (_hopper_kernel, sweep_cut, backward_cut):
         known.cache_clear()
+
+
+def state_fits(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether 32 bits reach from a head's first number of a state [B, H, K, V] to its last one."""
+    *_, K, V = shape
+    *_, row, column = strides
+    return (K - 1) * row + (V - 1) * column < 1 << 31
 
 
 def rows_fit(shape: tuple[int, ...], strides: tuple[int, ...], element_size: int) -> bool:

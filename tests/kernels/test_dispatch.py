@@ -23,6 +23,16 @@ def test_the_inner_choice_wins_and_ends_with_its_context():
     assert kernel_choice() == "auto"
 
 
+def test_the_choice_that_was_made_last_counts_whichever_ends_first():
+    first, second = use_kernels("pytorch"), use_kernels("triton")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert kernel_choice() == "triton"
+    second.__exit__(None, None, None)
+    assert kernel_choice() == "auto"
+
+
 def test_the_environment_variable_chooses_unless_a_context_does(monkeypatch):
     monkeypatch.setenv("TNLLM_KERNELS", "pytorch")
     assert kernel_choice() == "pytorch"

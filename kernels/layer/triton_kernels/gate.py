@@ -63,8 +63,8 @@ def gated_norm_backward_triton(
     do = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dg, u, o = as_rows(grad), as_rows(gate), as_rows(x)
     outer, inner, D = o.shape
-    launch = launch or launch_for(BACKWARD, D)
     if do.numel():
+        launch = launch or launch_for(BACKWARD, D)
         with torch.cuda.device_of(x):
             backward_kernel[launch.grid(outer * inner, x.device)](
                 dg,

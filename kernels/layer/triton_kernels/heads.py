@@ -36,7 +36,7 @@ def split_heads_triton(
     if query.numel():
         rows = as_rows(projected)
         theta = theta if theta is None else theta.contiguous()
-        positions = positions if positions is None else positions.contiguous()
+        positions = positions if positions is None else _one_for_each_token(positions, B, T)
         cut = _cut(rows.shape, rows.stride(), rows.dtype, rows.device, heads, theta is not None, tile)
         start(forward_kernel, cut, rows, theta, positions, query, key)
     return query, key
@@ -75,7 +75,7 @@ def split_heads_backward_triton(
     D = width // (4 * heads)
     grad_projected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
     tile = tile or BACKWARD[theta is not None]
-    BD = triton.next_power_of_2(D)
+    BD = triton.next_power_of_2(max(D, 1))
     BT = max(1, tile.elements // BD)
     tiles = triton.cdiv(B * T, BT)
     # [tiles, H, D]
@@ -87,7 +87,7 @@ def split_heads_backward_triton(
                 *(grad.contiguous() for grad in grads),
                 rows,
                 theta if theta is None else theta.contiguous(),
-                positions if positions is None else positions.contiguous(),
+                positions if positions is None else _one_for_each_token(positions, B, T),
                 grad_projected,
                 shares,
                 B * T,
@@ -102,6 +102,13 @@ def split_heads_backward_triton(
                 num_warps=tile.warps,
             )
     return grad_projected, shares.sum(0).unsqueeze(1)
+
+
+def _one_for_each_token(positions: Tensor, B: int, T: int) -> Tensor:
+    """Positions as the kernels read them, [B, T] int64, contiguous: a copy of a row for all, or of other integers."""
+    if positions.is_floating_point():
+        raise TypeError(f"positions is {positions.dtype}; expected torch.int64")
+    return positions.to(torch.int64).expand(B, T).contiguous()
 
 
 @triton.jit

@@ -60,8 +60,8 @@ def srmsnorm_backward_triton(grad: Tensor, x: Tensor, epsilon: float, launch: La
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dy_rows, x_rows = as_rows(grad), as_rows(x)
     outer, inner, D = x_rows.shape
-    launch = launch or launch_for(BACKWARD, D)
     if dx.numel():
+        launch = launch or launch_for(BACKWARD, D)
         with torch.cuda.device_of(x):
             backward_kernel[launch.grid(outer * inner, x.device)](
                 dy_rows,

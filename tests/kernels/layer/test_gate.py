@@ -88,3 +88,10 @@ def test_inputs_that_do_not_fit_are_named(draw):
         gated_norm_op(draw(3, 16), draw(3, 48))
     with pytest.raises(TypeError, match=r"gate is torch.float16; expected torch.float32 like x"):
         gated_norm_op(draw(3, 48, dtype=torch.float16), draw(3, 48))
+
+
+@pytest.mark.usefixtures("triton")
+def test_rows_of_no_elements_have_gradients_of_none(device):
+    x = torch.empty(3, 0, device=device, requires_grad=True)
+    gated_norm(x, x).sum().backward()
+    assert x.grad.shape == (3, 0)

@@ -149,3 +149,19 @@ def test_the_backward_in_pytorch_is_the_formula_too(draw, relative_error):
             expected = torch.autograd.grad(split_heads(leaf, 3, angles, positions), leaves, grads)
         for one, other in zip(found, expected, strict=False):
             assert relative_error(one, other) < 1e-12
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+def test_positions_may_be_one_row_for_all_and_of_any_integers(device, draw, kind):
+    projected, theta = draw(3, 21, 4 * 32), learned_theta(2, 16, device)
+    row = torch.arange(100, 121, device=device)[None]
+    expected = split_heads(projected, 2, theta, row.expand(3, 21).contiguous())
+    for found, other in zip(split_heads(projected, 2, theta, row.to(kind)), expected, strict=True):
+        assert torch.equal(found, other)
+
+
+@pytest.mark.usefixtures("triton")
+def test_positions_that_are_no_integers_are_refused(device, draw):
+    with pytest.raises(TypeError, match=r"positions is torch.float32; expected torch.int64"):
+        split_heads(draw(1, 3, 64), 1, learned_theta(1, 16, device), torch.zeros(1, 3, device=device))

@@ -120,3 +120,10 @@ def test_the_op_keeps_the_rules_of_torch_library(draw, choice):
         for x in (draw(3, 5, 48), draw(3, 5, 96)[..., 16:64].requires_grad_()):
             torch.library.opcheck(srmsnorm_op, (x, torch.float32))
             torch.library.opcheck(srmsnorm_op, (x, torch.bfloat16))
+
+
+@pytest.mark.usefixtures("triton")
+def test_rows_of_no_elements_have_gradients_of_none(device):
+    x = torch.empty(3, 0, device=device, requires_grad=True)
+    srmsnorm(x).sum().backward()
+    assert x.grad.shape == (3, 0)

@@ -7,7 +7,12 @@ import torch
 
 from tnllm_export.kernels.lightning_attention import handover_memory as module
 from tnllm_export.kernels.lightning_attention import op
-from tnllm_export.kernels.lightning_attention.handover_memory import STOCK, handover_memory, nothing_kept
+from tnllm_export.kernels.lightning_attention.handover_memory import (
+    KEPT_STREAMS,
+    STOCK,
+    handover_memory,
+    nothing_kept,
+)
 
 DEVICE = SimpleNamespace(type="cuda", index=0)
 
@@ -137,3 +142,12 @@ def test_elsewhere_nothing_is_kept():
     states, counters = handover_memory(100, 5, torch.device("cpu"))
     assert (states.numel(), counters.tolist()) == (100, [0] * 5)
     assert handover_memory(100, 5, torch.device("cpu"))[0].data_ptr() != states.data_ptr()
+
+
+def test_states_are_kept_for_a_few_streams(gpu):
+    kept = []
+    for gpu.stream in range(1, 2 * KEPT_STREAMS + 2):
+        states, _ = handover_memory(100, 5, DEVICE)
+        kept.append(states.data_ptr())
+        assert handover_memory(100, 5, DEVICE)[0].data_ptr() == kept[-1]
+        assert len(module._kept.states) <= KEPT_STREAMS

@@ -101,3 +101,11 @@ def test_few_heads_are_cut_fine_and_many_wide():
     assert step_tile(128, 128, heads=32 * 64, processors=132).value_block == 64
     assert step_tile(256, 128, heads=32 * 64, processors=132).value_block == 32
     assert step_tile(16, 16, heads=1, processors=132).value_block == 16
+
+
+@pytest.mark.usefixtures("triton")
+def test_heads_may_be_more_than_2_to_the_31_numbers_apart(step_inputs, device, far_apart):
+    query, *others = (x.to(device) for x in step_inputs(1, 3, 16, 16, torch.float16))
+    expected = lightning_attention_step(query, *others)
+    found = lightning_attention_step(far_apart(query, (1 << 31, 1 << 30, 1)), *others)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

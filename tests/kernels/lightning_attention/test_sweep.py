@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from tnllm_export.kernels.lightning_attention import lightning_attention
 from tnllm_export.kernels.lightning_attention.chunk import sweep
 from tnllm_export.kernels.lightning_attention.reference import lightning_attention_reference
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
@@ -157,3 +158,16 @@ def test_a_plan_has_no_more_segments_than_chunks_or_room(T, columns):
         left = (1 - WALK_COST) ** plan.segments
         assert -(-T // 32) * WALK_COST * left / (1 - WALK_COST) / (1 - left) >= 0.5
         assert T <= 32 * RECOMPUTE_CHUNKS
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("strides", [(1 << 32, 1 << 32, 1 << 28, 1), (1 << 32, 1 << 32, 1, 1 << 28)], ids=str)
+def test_rows_of_a_state_may_be_more_than_2_to_the_31_numbers_apart(chunk_inputs, device, far_apart, strides):
+    *activations, past_state, lengths = (x.to(device) for x in chunk_inputs(1, 20, 1, 16, 16))
+    leaves = [x.requires_grad_() for x in activations[:3]]
+    results = []
+    for state in (past_state, far_apart(past_state, strides)):
+        output, present_state = lightning_attention(*activations, state, lengths)
+        results.append((output, present_state, *torch.autograd.grad(output.sum(), leaves)))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
