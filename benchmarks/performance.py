@@ -45,14 +45,16 @@ def time_table(records: list[Record]) -> str:
 
 
 def short_table(records: list[Record]) -> str:
-    """The work in a graph, or called from Python where it was not captured: ours, the best linear peer, the floor."""
-    shapes: dict[str, list[Record]] = {}
+    """The work in a graph, or launched where a peer was not captured: ours, the best linear peer, the floor."""
+    shapes: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         shape, how = record.case.split(" | ")
-        if how == names.GRAPH or f"{shape} | {names.GRAPH}" not in {other.case for other in records}:
-            shapes.setdefault(shape, []).append(record)
+        shapes.setdefault(shape, {}).setdefault(how, []).append(record)
     lines = []
-    for shape, found in shapes.items():
+    for shape, ways in shapes.items():
+        rivals = {how: _measured_rivals(found) for how, found in ways.items()}
+        captured = rivals.get(names.GRAPH, set()) >= rivals.get(names.LAUNCHED, set())
+        found = ways[names.GRAPH if names.GRAPH in ways and captured else names.LAUNCHED]
         values = peer_values(found)
         rival = best(values, LINEAR_PEERS)
         name = next((peer for peer in LINEAR_PEERS if rival is not None and values.get(peer) == rival), "")
@@ -63,6 +65,10 @@ def short_table(records: list[Record]) -> str:
     unit = records[0].unit
     header = ["B, H, T", f"ours ({unit})", "best linear-attention peer", "ours / peer", "floor", "floor / ours"]
     return rows(header, lines)
+
+
+def _measured_rivals(records: list[Record]) -> set[str]:
+    return {peer for peer, value in peer_values(records).items() if peer in LINEAR_PEERS and value is not None}
 
 
 def parity_table(records: list[Record]) -> str:
@@ -162,13 +168,22 @@ def training_values(records: list[Record]) -> tuple[dict[tuple[str, str, int], f
 def comparison_table(records: list[Record]) -> str:
     """Any comparison: case, metric, ours, the peer, the floor."""
     lines = [
-        [record.case, record.metric, f"{figure(record.value)} {record.unit}", figure(record.floor),
-         share(record.floor, record.value), peer_name(record), figure(record.peer_value),
-         share(record.value, record.peer_value)]
+        [record.case.replace(" | ", ", "), record.metric, _measured(record, record.value) + _unit(record),
+         _measured(record, record.floor), share(record.floor, record.value), peer_name(record),
+         _measured(record, record.peer_value), share(record.value, record.peer_value)]
         for record in records
     ]  # fmt: skip
     header = ["case", "what", "**ours**", "floor", "floor / ours", "peer", "its value", "ours / peer"]
     return rows(header, lines) + absences(records)
+
+
+def _measured(record: Record, value: float | None) -> str:
+    """A figure; where there is no unit it is an error, which may be small."""
+    return figure(value, ".1e" if record.unit == "1" else ".3f")
+
+
+def _unit(record: Record) -> str:
+    return "" if record.unit == "1" else f" {record.unit}"
 
 
 def plugin_table(records: list[Record]) -> str:

@@ -156,3 +156,25 @@ def test_the_quickest_attention_is_held_against_the_floor():
     found = [Record(*case, peer, value) for peer, value in forms]
     table = performance.attention_table(found)
     assert "| 7B | 4096 | 16.0 | 40.0 | 20.0 | – | 0.80 |" in table
+
+
+def test_the_readme_takes_the_way_of_calling_in_which_every_linear_peer_was_measured():
+    absent = f"{names.FLA_CHUNK} (absent: no capture)"
+    found = []
+    for shape, graph_peer, graph_value in (("1, 32, 64", names.FLA_CHUNK, 2.0), ("1, 32, 64, ragged", absent, None)):
+        for how, peer, value, ours in (
+            ("graph", graph_peer, graph_value, 1.0),
+            ("launched", names.FLA_CHUNK, 4.0, 3.0),
+        ):
+            found += [time(names.FORWARD, f"{shape} | {how}", peer, value, ours),
+                      time(names.FORWARD, f"{shape} | {how}", names.FLA_FUSED, 8.0, ours)]  # fmt: skip
+    _, _, plain, ragged = performance.short_table(found).splitlines()
+    assert plain == "| 1, 32, 64 | 1.000 | 2.000 (fla chunk) | 0.50 | 0.500 | 0.50 |"
+    assert ragged == "| 1, 32, 64, ragged | 3.000 | 4.000 (fla chunk) | 0.75 | 0.500 | 0.17 |"
+
+
+def test_a_comparison_has_a_cell_for_each_heading():
+    record = Record(names.LAYER, "norm | 8 x 16", "relative error", "1", 1.6e-3, 5e-3, "eager PyTorch", 1.6e-3)
+    heading, _, line = performance.comparison_table([record]).splitlines()
+    assert heading.count("|") == line.count("|")
+    assert line == "| norm, 8 x 16 | relative error | 1.6e-03 | 5.0e-03 | 3.12 | eager PyTorch | 1.6e-03 | 1.00 |"
