@@ -337,7 +337,7 @@ def bench(
         tokens: Tokens decoded in each case.
         time_limit: Seconds of timing; the runtimes share them.
         threads: CPU threads; default: each runtime's own choice.
-        output: Where to write the report as one HTML page; default: nowhere.
+        output: Where to write the report as one HTML page, new or in place of an earlier one; default: nowhere.
         progress: Told what is being done.
 
     Returns:
@@ -348,7 +348,7 @@ def bench(
         BundleError: No sound bundle.
         RuntimeTargetError: No such runtime or device.
         RequestError: An option out of its range.
-        WriteError: The page can't be written.
+        WriteError: The page can't be written, or something else is in its place.
     """
     from tnllm_export.bench import BenchOptions, bench_bundle, check_page, write_page
 

@@ -17,7 +17,7 @@ The tree:
     │   ├── BundleCorruptError
     │   └── BundleVersionError
     ├── ExportError              a graph could not be made
-    ├── WriteError               disk full, no permission
+    ├── WriteError               disk full, no permission, something else in the place
     ├── EngineError              TensorRT engines and the plugin library
     │   ├── EngineBuildError         options that do not fit, or TensorRT refused the network
     │   ├── PluginBuildError         no compiler, no headers, or the library did not compile
@@ -133,7 +133,7 @@ class ExportError(TnllmError):
 
 
 class WriteError(TnllmError):
-    """A file could not be written: disk full, no permission."""
+    """A file could not be written: disk full, no permission, or something else is in its place."""
 
     exit_code = 31
 

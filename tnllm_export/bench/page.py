@@ -1,6 +1,5 @@
 """A bench report as one HTML page that needs nothing else."""
 
-import os
 from collections.abc import Iterable
 from html import escape
 from importlib import resources
@@ -22,23 +21,30 @@ from tnllm_export.bench.digest import (
 )
 from tnllm_export.bench.figures import plots
 from tnllm_export.bench.records import BenchReport, RuntimeResult
+from tnllm_export.bundle import files
+from tnllm_export.bundle.outputs import check_output
 from tnllm_export.errors import WriteError
+
+_MARK = b'<meta name="generator" content="tnllm bench">'
+_HEAD_BYTES = 1024
 
 
 def check_page(path: Path) -> Path:
-    """Return where a page shall be written. Raises WriteError before any work is done, where that can't be."""
-    folder = path.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
-        raise WriteError(f"{path}: can't be written; expected a file in a folder that exists and may be written to")
+    """Return where a page shall be written. Raises WriteError before any work is done, where that can't be.
+
+    An earlier page may be replaced, no other file.
+    """
+    check_output(path, "a report of tnllm bench", _is_page)
+    if not path.parent.is_dir():
+        raise WriteError(f"{path}: can't be written; expected a file in a folder that exists")
     return path
 
 
 def write_page(report: BenchReport, path: Path) -> None:
-    """Write the page. Raises WriteError."""
-    try:
-        path.write_text(html_page(report), encoding="utf-8")
-    except OSError as error:
-        raise WriteError(f"{path}: {error.strerror}; free space, or write to another place") from error
+    """Write the page, whole or not at all. Raises WriteError."""
+    check_page(path)
+    with files.reporting_write_errors(path):
+        files.replace(path, html_page(report).encode())
 
 
 def html_page(report: BenchReport) -> str:
@@ -86,6 +92,14 @@ def _cards(report: BenchReport) -> Iterable[str]:
     least = report.weight_bytes + report.state_bytes
     peak = None if found is None else found[1].memory
     yield _card("peak memory of that decode", gigabytes(peak), f"weights and one state: {gigabytes(least)}")
+
+
+def _is_page(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _MARK in file.read(_HEAD_BYTES)
+    except OSError:
+        return False
 
 
 def _card(name: str, figure: str, note: str) -> str:

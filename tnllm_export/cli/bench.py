@@ -36,7 +36,13 @@ def bench(
     time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="Of timing; runtimes share it.")] = 300.0,
     threads: ThreadsOption = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report as an HTML page.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Write the report as an HTML page, new or in place of an earlier report.",
+        ),
     ] = None,
     json_output: JsonOption = False,
 ) -> None:

@@ -57,7 +57,8 @@ def generate(
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the model's end token.")] = False,
     save_state: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the state to this file, to continue later.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the state to this file, new or an earlier state, to continue later."),
     ] = None,
     load_state: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Continue from such a file; a prompt is optional then.")
@@ -75,10 +76,13 @@ def generate(
     """
     with session(json_output) as current:
         from tnllm_export import api
+        from tnllm_export.generate import check_state_path
 
         prompts = collect_prompts(prompt or [], prompt_ids or [], prompt_file or [], optional=load_state is not None)
         if len(prompts) > 1 and (save_state or load_state):
             raise typer.BadParameter("--save-state and --load-state take one prompt, not a batch")
+        if save_state is not None:
+            check_state_path(save_state)
         generator = api.generator(
             bundle,
             runtime.value,

@@ -10,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tnllm_export.bundle import files
+from tnllm_export.bundle.outputs import check_output
 from tnllm_export.errors import StateError
 from tnllm_export.runtime import Runtime, RuntimeInfo
 from tnllm_export.runtime.state import check_state_tensors
@@ -43,13 +44,19 @@ class Session:
         return len(self.token_ids) - (self.logits is None)
 
 
+def check_state_path(path: Path | str) -> None:
+    """Raise WriteError unless `save_state` may write here: nothing is there, or a saved state, and not in a bundle."""
+    check_output(Path(path), "a saved state", _is_state)
+
+
 def save_state(path: Path | str, session: Session, runtime: Runtime) -> None:
-    """Write a session to a safetensors file. An existing file is replaced, whole or not at all.
+    """Write a session to a safetensors file. An earlier state is replaced, whole or not at all; nothing else is.
 
     Raises:
-        WriteError: The file can't be written.
+        WriteError: The file can't be written, or something other than a saved state is there.
     """
     path = Path(path)
+    check_state_path(path)
     tensors = {f"state.{layer}": tensor.contiguous() for layer, tensor in enumerate(session.state)}
     tensors["token_ids"] = torch.tensor(session.token_ids, dtype=torch.int64)
     tensors["rng"] = session.rng
@@ -114,6 +121,14 @@ def check_session(session: Session, info: RuntimeInfo) -> None:
         ) from error
     if session.state[0].shape[0] != 1:
         raise StateError(f"the state holds {session.state[0].shape[0]} sequences; expected 1 per session")
+
+
+def _is_state(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == _FORMAT
+    except (SafetensorError, OSError):
+        return False
 
 
 def _session(metadata: dict[str, str], tensors: dict[str, Tensor], info: RuntimeInfo) -> Session:

@@ -109,6 +109,17 @@ def test_a_page_that_cannot_be_written_is_one_line(report, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_an_earlier_page_is_replaced_and_nothing_else(report, tmp_path):
+    page, other = tmp_path / "page.html", tmp_path / "other.html"
+    write_page(report, page)
+    write_page(dataclasses.replace(report, bundle="another"), page)
+    assert page.read_text(encoding="utf-8") == html_page(dataclasses.replace(report, bundle="another"))
+    other.write_text("<!DOCTYPE html><title>Speed of light</title>")
+    with pytest.raises(WriteError, match="exists already and is not a report of tnllm bench"):
+        write_page(report, other)
+    assert other.read_text() == "<!DOCTYPE html><title>Speed of light</title>"
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_a_browser_shows_the_page_without_scrolling_sideways(report, tmp_path):
     """Narrow and wide: the browser's own layout, read from a title that a script of this test sets."""

@@ -249,6 +249,25 @@ def test_a_state_that_can_not_be_saved_leaves_the_old_one(tnllm, text_bundle, tm
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("place", ["notes.txt", "bundle/weights.safetensors", "bundle/new", "-", "link"])
+@pytest.mark.parametrize("verb", ["generate", "bench"])
+def test_only_a_file_of_the_verbs_own_is_replaced_and_all_else_is_refused_before_the_work(
+    tnllm, bundle, tmp_path, monkeypatch, verb, place
+):
+    def loading(*arguments, **options):
+        raise AssertionError("work was begun")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tnllm_export.api.generator", loading)
+    monkeypatch.setattr("tnllm_export.bench.bench_bundle", loading)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("nothing")
+    before = snapshot(tmp_path)
+    options = {"generate": ("--prompt", "He", "--save-state"), "bench": ("-o",)}[verb]
+    check(tnllm(verb, bundle, *options, place), 31, (f"{place}: ", "choose another path"))
+    assert snapshot(tmp_path) == before
+
+
 @pytest.mark.slow
 def test_a_killed_export_is_never_taken_for_a_bundle_and_the_next_one_works(tnllm, checkpoint, tmp_path):
     place = tmp_path / "place"

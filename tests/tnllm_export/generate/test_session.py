@@ -76,6 +76,20 @@ def test_saving_again_replaces_the_file_and_leaves_nothing_else(
     assert os.listdir(path.parent) == ["state"]
 
 
+def test_nothing_but_a_saved_state_is_replaced(tmp_path: Path, session: Session, torch_runtime: TorchRuntime) -> None:
+    other = tmp_path / "other"
+    for write in (
+        lambda: other.write_bytes(b"mine"),
+        lambda: save_file({"x": torch.zeros(1)}, other),
+        lambda: save_file({"x": torch.zeros(1)}, other, {"format": "pt"}),
+    ):
+        write()
+        before = other.read_bytes()
+        with pytest.raises(WriteError, match="exists already and is not a saved state"):
+            save_state(other, session, torch_runtime)
+        assert other.read_bytes() == before
+
+
 def test_a_failed_save_leaves_the_old_file(
     path: Path, session: Session, torch_runtime: TorchRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
