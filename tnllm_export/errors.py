@@ -211,7 +211,7 @@ class TextUnsupportedError(RequestError):
 
 
 class SamplingError(RequestError):
-    """A sampling parameter is out of its range."""
+    """A sampling parameter is out of its range or of another type."""
 
     exit_code = 53
 

@@ -1,7 +1,10 @@
 """How tokens are chosen and when to stop."""
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 from tnllm_export.errors import SamplingError
 
@@ -24,7 +27,7 @@ class SamplingParams:
         stop_at_eos: Whether the model's end token ends generation.
 
     Raises:
-        SamplingError: A value out of its range.
+        SamplingError: A value of another type or out of its range.
     """
 
     temperature: float = 0.0
@@ -37,6 +40,26 @@ class SamplingParams:
     stop_at_eos: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            self._take(name, Real, float, "a number")
+        for name in ("top_k", "seed", "max_new_tokens"):
+            self._take(name, Integral, int, "an integer")
+        if not isinstance(self.stop_at_eos, bool):
+            raise SamplingError(f"stop_at_eos is {self.stop_at_eos!r}; expected True or False")
+        self._check_ranges()
+        self._check_stop()
+
+    def _take(self, name: str, kind: type, plain: Callable[[Any], float], wanted: str) -> None:
+        """Make a number of NumPy's or of any other library a plain one; for a field of another type say so."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise SamplingError(f"{name} is {value!r}; expected {wanted}")
+        try:
+            object.__setattr__(self, name, plain(value))
+        except OverflowError as error:
+            raise SamplingError(f"{name} is beyond all floats; expected {wanted}") from error
+
+    def _check_ranges(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise SamplingError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
         if self.top_k < 0:
@@ -49,7 +72,14 @@ class SamplingParams:
             raise SamplingError(f"seed is {self.seed}; expected 0 … 2^63 - 1")
         if self.max_new_tokens < 0:
             raise SamplingError(f"max_new_tokens is {self.max_new_tokens}; expected 0 or more")
+
+    def _check_stop(self) -> None:
         if isinstance(self.stop, str):
             raise SamplingError(f"stop is the string {self.stop!r}; expected a tuple of strings: ({self.stop!r},)")
-        if any(not text for text in self.stop):
-            raise SamplingError("stop holds an empty string; expected strings of at least one character")
+        if not isinstance(self.stop, Collection):
+            raise SamplingError(f"stop is {self.stop!r}; expected a tuple of strings; () is none")
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise SamplingError(f"stop holds {text!r}; expected strings")
+            if not text:
+                raise SamplingError("stop holds an empty string; expected strings of at least one character")
