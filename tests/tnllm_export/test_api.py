@@ -118,6 +118,19 @@ def test_five_calls_do_what_the_command_line_does(text_checkpoint, tmp_path):
         ids.append(token)
 
 
+def test_every_path_may_be_text(text_checkpoint, tmp_path):
+    checkpoint, folder, state = str(text_checkpoint), str(tmp_path / "bundle"), str(tmp_path / "state")
+    assert api.load(checkpoint).config == api.export(checkpoint, folder).manifest.config
+    opened = api.open_bundle(folder)
+    assert opened == api.open_bundle(tmp_path / "bundle")
+    assert opened.weights_path.is_file()
+    assert api.inspect(folder).kind == "bundle"
+    assert api.verify(folder, checkpoint=checkpoint, workload=WORKLOAD).passed
+    [done] = api.generator(folder).generate("He", api.SamplingParams(max_new_tokens=1), keep_sessions=True)
+    api.save_state(state, done.session, api.load_runtime(folder))
+    assert api.load_state(state, api.load_runtime(folder)).token_ids == done.session.token_ids
+
+
 def test_verify_keeps_its_report_in_the_bundle(text_bundle):
     report = api.verify(text_bundle, seed=5, workload=WORKLOAD)
     reopened = api.open_bundle(text_bundle.path)

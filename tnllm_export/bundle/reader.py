@@ -80,7 +80,7 @@ class Bundle:
         files.replace(self.path / MANIFEST, manifest.to_text().encode())
 
 
-def open_bundle(path: Path, check: bool = True, progress: Progress = silent) -> Bundle:
+def open_bundle(path: Path | str, check: bool = True, progress: Progress = silent) -> Bundle:
     """Open a bundle.
 
     Args:
@@ -93,6 +93,7 @@ def open_bundle(path: Path, check: bool = True, progress: Progress = silent) -> 
         BundleVersionError: Written by a newer version of this package.
         BundleCorruptError: The manifest is broken, or a file is missing or differs from its checksum.
     """
+    path = Path(path)
     manifest_path = path / MANIFEST
     if not path.is_dir():
         raise BundleNotFoundError(f"{path}: no such folder; expected a bundle, make one with `tnllm export`")
