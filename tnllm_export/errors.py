@@ -25,7 +25,7 @@ The tree:
     │   └── EngineMismatchError      corrupt, of another version, or not for this GPU
     ├── RuntimeTargetError       a bundle and the runtime it shall run on
     │   ├── RuntimeMissingError      the optional dependency is not installed
-    │   ├── UnsupportedTargetError   dtype or lowering that the runtime does not run
+    │   ├── UnsupportedTargetError   dtype, lowering, kernels or device that the runtime does not run
     │   └── DeviceMemoryError        the GPU's memory does not suffice
     ├── RequestError             what is asked of a loaded model
     │   ├── PromptError              empty, too long, token id out of range
@@ -181,7 +181,7 @@ class RuntimeMissingError(RuntimeTargetError):
 
 
 class UnsupportedTargetError(RuntimeTargetError):
-    """The runtime can't run this dtype or lowering."""
+    """The runtime can't run this dtype, lowering or form of kernels, or not on this device."""
 
     exit_code = 42
 

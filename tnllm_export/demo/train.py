@@ -14,8 +14,9 @@ from tnllm_export.demo.folder import new_folder, write_checkpoint, write_json
 from tnllm_export.demo.loop import Trainer
 from tnllm_export.demo.settings import TrainingResult, TrainingSettings
 from tnllm_export.demo.tokenizer import Segmenter, load_tokenizer, train_tokenizer
-from tnllm_export.errors import TnllmError
+from tnllm_export.errors import UnsupportedTargetError
 from tnllm_export.progress import Progress, silent
+from tnllm_export.runtime.support import check_kernels
 
 PROMPTS = (
     "It was a fine morning in May, and",
@@ -52,10 +53,14 @@ def train(
     Raises:
         CorpusError: The text is missing or too short.
         WriteError: `output` exists, or can't be written.
-        TnllmError: The device does not exist, or training diverged.
+        UnsupportedTargetError: The device does not exist, or can't run the kernels that `TNLLM_KERNELS` asks for.
+        TnllmError: Training diverged.
     """
+    place = _device(device)
+    for used in (place, torch.device("cpu")):  # the result is evaluated on the CPU
+        check_kernels(used)
     with new_folder(output) as folder:
-        return _train_into(folder, output, corpus, settings or TrainingSettings(), _device(device), progress)
+        return _train_into(folder, output, corpus, settings or TrainingSettings(), place, progress)
 
 
 def _train_into(
@@ -132,5 +137,5 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise TnllmError(f"device {name!r} can't be used here; expected cpu, cuda or cuda:N") from error
+        raise UnsupportedTargetError(f"device is {name!r}; expected cpu, cuda or cuda:N that exists here") from error
     return device

@@ -1,7 +1,10 @@
-"""Whether a runtime can run a bundle, decided from the table of targets alone."""
+"""Whether a runtime can run a bundle, decided from the table of targets and the user's settings alone."""
+
+import torch
 
 from tnllm_export.bundle import Bundle
 from tnllm_export.errors import UnsupportedTargetError
+from tnllm_export.kernels.dispatch import ENVIRONMENT_VARIABLE, form_for
 from tnllm_export.targets import TARGETS, Target
 
 
@@ -48,6 +51,19 @@ def _others(runtime: str, dtype: str, lowering: str | None) -> str:
         }
     )
     return f", or load it with the runtime {' or '.join(names)}" if names else ""
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise UnsupportedTargetError where the kernels that the user asked for are unknown or can't run on `device`."""
+    try:
+        form_for(device)
+    except ValueError as error:
+        raise UnsupportedTargetError(f"{error}: correct it or unset it") from error
+    except RuntimeError as error:
+        raise UnsupportedTargetError(
+            f"Triton's kernels were asked for, but can't run on {device.type} here; expected a CUDA device and the "
+            f"package triton: run there, or with {ENVIRONMENT_VARIABLE}=auto"
+        ) from error
 
 
 def weights_id(bundle: Bundle) -> str:

@@ -26,7 +26,7 @@ from tnllm_export.runtime.graph_runtime import GraphRuntime
 from tnllm_export.runtime.prefill_graphs import PrefillGraphs
 from tnllm_export.runtime.protocol import RuntimeInfo, State
 from tnllm_export.runtime.state import check_handle
-from tnllm_export.runtime.support import check_supported, weights_id
+from tnllm_export.runtime.support import check_kernels, check_supported, weights_id
 from tnllm_export.runtime.validation import check_prefill
 
 
@@ -82,13 +82,14 @@ class TorchRuntime(GraphRuntime):
         `threads` is PyTorch's own setting and holds for the whole process.
 
         Raises:
-            UnsupportedTargetError: PyTorch does not run here on `device`.
+            UnsupportedTargetError: PyTorch does not run here on `device`, or the kernels that `TNLLM_KERNELS` asks for.
             DeviceMemoryError: The weights do not fit into the GPU's memory.
         """
         check_supported(bundle, "torch", device)
         if threads is not None:
             torch.set_num_threads(threads)
         place = torch.device(device) if device == "cpu" else current_gpu("torch")
+        check_kernels(place)
         tensors = {}
         way_out = "free it for others' work, or load the bundle with --device cpu"
         with (

@@ -13,6 +13,7 @@ from tnllm_export.models.checkpoint import load_model, open_checkpoint
 from tnllm_export.models.tokenizer import load_tokenizer
 from tnllm_export.progress import Progress, silent
 from tnllm_export.runtime import Runtime, TorchRuntime, load_runtime
+from tnllm_export.runtime.support import check_kernels
 from tnllm_export.verify.cases import SAMPLE_TEXT
 from tnllm_export.verify.judge import judge, subject_of
 from tnllm_export.verify.page import html_page
@@ -71,6 +72,7 @@ def verify_bundle(
             f"{bundle.path}: no permission to write the report into the bundle; verify without saving it (--no-save), "
             "or change the folder's permissions"
         )
+    check_kernels(torch.device("cpu"))  # where the eager model runs, after the bundle's turn
     seed = fresh_seed() if seed is None else seed
     ids, source = _text_ids(bundle, text)
 

@@ -75,6 +75,27 @@ def test_bad_input_gives_one_line_and_its_exit_code(tnllm, places, case):
 
 
 @pytest.mark.parametrize(
+    ("kernels", "words"),
+    [
+        ("abacus", "TNLLM_KERNELS: found 'abacus'; expected one of auto, triton, pytorch: correct it or unset it"),
+        ("triton", "can't run on cpu here; expected a CUDA device and the package triton"),
+    ],
+)
+@pytest.mark.parametrize(
+    "arguments", [("generate", "--runtime", "torch", "--prompt", "He"), ("verify",), ("verify", "--runtime", "torch")]
+)
+def test_kernels_that_can_not_run_are_the_users_setting_and_no_bug(
+    tnllm, text_bundle, monkeypatch, arguments, kernels, words
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TNLLM_KERNELS", kernels)
+    result = tnllm(*arguments, text_bundle.path)
+    assert (result.exit_code, result.stdout) == (42, "")
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         (),

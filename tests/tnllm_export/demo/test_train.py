@@ -10,7 +10,7 @@ from tnllm_export.demo import TrainingResult, TrainingSettings, train
 from tnllm_export.demo.corpus import Corpus
 from tnllm_export.demo.evaluate import evaluate
 from tnllm_export.demo.tokenizer import load_tokenizer
-from tnllm_export.errors import TnllmError, WriteError
+from tnllm_export.errors import TnllmError, UnsupportedTargetError, WriteError
 from tnllm_export.models.checkpoint import load_model, open_checkpoint
 
 SMALL = TrainingSettings(
@@ -142,6 +142,17 @@ def test_a_failed_training_leaves_nothing_behind(corpus_file: Path, tmp_path: Pa
 
 
 def test_a_device_that_is_not_there_is_named(corpus_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(TnllmError, match="device 'abacus' can't be used"):
+    with pytest.raises(UnsupportedTargetError, match="device is 'abacus'; expected cpu"):
         train(corpus_file, tmp_path / "demo", settings=SMALL, device="abacus")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kernels", ["abacus", "triton"])
+def test_kernels_that_can_not_run_are_told_before_training(
+    corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TNLLM_KERNELS", kernels)
+    with pytest.raises(UnsupportedTargetError, match="TNLLM_KERNELS"):
+        train(corpus_file, tmp_path / "demo", settings=SMALL, device="cpu")
     assert list(tmp_path.iterdir()) == []
