@@ -293,6 +293,7 @@ def verify(
     Raises:
         BundleError: No sound bundle.
         RuntimeTargetError: The runtime can't run it.
+        RequestError: `text` is too short, or the bundle has no tokenizer for it.
         ParityError: The answers can't be compared at all.
     """
     from tnllm_export.verify import verify_bundle

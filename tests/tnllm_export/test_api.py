@@ -140,6 +140,12 @@ def test_verify_keeps_its_report_in_the_bundle(text_bundle):
     assert {"reports/parity.json", "reports/parity.html"} <= reopened.manifest.files.keys()
 
 
+def test_verify_refuses_an_empty_text_before_anything_is_loaded(text_bundle, monkeypatch):
+    monkeypatch.setattr("tnllm_export.verify.bundle.load_runtime", None)
+    with pytest.raises(api.RequestError, match="the given text has 0 tokens"):
+        api.verify(text_bundle, text="", workload=WORKLOAD)
+
+
 def test_verify_takes_the_truth_from_the_checkpoint_on_request(text_checkpoint, text_bundle, tmp_path):
     def verify(checkpoint):
         return api.verify(text_bundle, checkpoint=checkpoint, workload=WORKLOAD, save=False)

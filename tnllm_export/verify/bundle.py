@@ -14,7 +14,7 @@ from tnllm_export.models.tokenizer import load_tokenizer
 from tnllm_export.progress import Progress, silent
 from tnllm_export.runtime import Runtime, TorchRuntime, load_runtime
 from tnllm_export.runtime.support import check_kernels
-from tnllm_export.verify.cases import SAMPLE_TEXT
+from tnllm_export.verify.cases import SAMPLE_TEXT, check_text_length
 from tnllm_export.verify.judge import judge, subject_of
 from tnllm_export.verify.page import html_page
 from tnllm_export.verify.parity import Workload, fresh_seed, make_cases, run_candidate, run_eager
@@ -62,6 +62,7 @@ def verify_bundle(
         BundleError: No sound bundle.
         RuntimeTargetError: The runtime can't run it.
         TextUnsupportedError: `text` for a bundle without a tokenizer.
+        PromptError: `text` is too short.
         WriteError: The report can't be written into the bundle.
         ParityError: The answers can't be compared at all.
     """
@@ -111,7 +112,11 @@ def _text_ids(bundle: Bundle, text: str | None) -> tuple[list[int], str]:
             )
         return [], ""
     tokenizer = load_tokenizer(bundle.tokenizer_path, bundle.manifest.config.vocab_size)
-    return tokenizer.encode(SAMPLE_TEXT if text is None else text), "sample text" if text is None else "the given text"
+    if text is None:
+        return tokenizer.encode(SAMPLE_TEXT), "sample text"
+    ids, source = tokenizer.encode(text), "the given text"
+    check_text_length(ids, source)
+    return ids, source
 
 
 def _lowering(bundle: Bundle, runtime: str) -> str | None:

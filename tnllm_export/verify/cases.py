@@ -70,13 +70,18 @@ def random_case(vocab_size: int, seed: int, lengths: Sequence[int], decoded: int
     )
 
 
+def check_text_length(ids: Sequence[int], source: str) -> None:
+    """Raise PromptError where a text has fewer than 8 tokens: too few to compare anything."""
+    if len(ids) < MIN_TEXT_TOKENS:
+        raise PromptError(f"{source} has {len(ids)} tokens; expected at least {MIN_TEXT_TOKENS} to verify on")
+
+
 def text_case(ids: Sequence[int], source: str, longest: int, decoded: int, piece: int, greedy: int) -> Case:
     """Cut a text's token ids into two rows, a long and a short prompt, each with its true continuation.
 
     Raises PromptError for a text of fewer than 8 tokens.
     """
-    if len(ids) < MIN_TEXT_TOKENS:
-        raise PromptError(f"{source} has {len(ids)} tokens; expected at least {MIN_TEXT_TOKENS} to verify on")
+    check_text_length(ids, source)
     decoded = min(decoded, len(ids) // 2)
     prompt = min(longest, len(ids) - decoded)
     short = max(1, prompt // 3)

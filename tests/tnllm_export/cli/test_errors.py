@@ -38,6 +38,7 @@ CASES = {
     "prompts of no length": (("bench", "{bundle}", "--prompt-lengths", "0"), 50, "prompt_lengths is [0]"),
     "no time": (("bench", "{bundle}", "--time-limit", "0"), 50, "time_limit is 0"),
     "page in no folder": (("bench", "{bundle}", "-o", "{tmp}/none/page.html"), 31, "can't be written"),
+    "empty text": (("verify", "{bundle}", "--text-file", "{empty}"), 51, "has 0 tokens; expected at least 8"),
     "short text": (("verify", "{bundle}", "--text-file", "{short}"), 51, "expected at least 8"),
 }
 
@@ -47,6 +48,7 @@ def places(tmp_path, text_checkpoint, text_bundle, ids_bundle):
     binary, short = tmp_path / "binary", tmp_path / "short"
     binary.write_bytes(bytes(range(200, 256)))
     short.write_text("Oh")
+    (tmp_path / "empty").touch()
     return {
         "tmp": tmp_path,
         "checkpoint": text_checkpoint,
@@ -55,6 +57,7 @@ def places(tmp_path, text_checkpoint, text_bundle, ids_bundle):
         "golden": GOLDEN,
         "binary": binary,
         "short": short,
+        "empty": tmp_path / "empty",
     }
 
 
