@@ -44,7 +44,11 @@ def generate(
     ] = None,
     prompt_file: Annotated[
         list[Path] | None,
-        typer.Option("--prompt-file", metavar="FILE", help="UTF-8 file to continue, - for stdin; may be repeated."),
+        typer.Option(
+            "--prompt-file",
+            metavar="FILE",
+            help="UTF-8 file to continue, - for stdin, less one newline at its end; may be repeated.",
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
@@ -231,6 +235,9 @@ def _choose_seed(given: int | None, resumed: int | None) -> int:
 
 
 def _read_prompt(path: Path) -> str:
+    """Read a prompt without the newline that ends a file: as a last token it would change what follows."""
     from tnllm_export.cli.verify import read_text
 
-    return sys.stdin.read() if str(path) == "-" else read_text(path)
+    # Read as text, "\r\n" is "\n" by now.
+    text = sys.stdin.read() if str(path) == "-" else read_text(path)
+    return text.removesuffix("\n")

@@ -1,5 +1,6 @@
 """What each command prints and writes."""
 
+import io
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tnllm_export.bundle import open_bundle
+from tnllm_export.cli.generate import collect_prompts
 from tnllm_export.targets import TARGETS
 from tnllm_export.verify import Workload
 
@@ -103,6 +105,29 @@ def test_generate_writes_a_batch_one_after_the_other(tnllm, text_bundle, tmp_pat
         "generate", text_bundle.path, "--prompt-file", "-", "--max-new-tokens", 4, input="In the morning all of it"
     )
     assert result.stdout.endswith(from_stdin.stdout)
+
+
+@pytest.mark.parametrize(
+    ("written", "taken"),
+    [
+        ("The captain", "The captain"),
+        ("The captain\n", "The captain"),
+        ("The captain\r\n", "The captain"),
+        ("The captain\n\n", "The captain\n"),
+        ("The captain\r\n\r\n", "The captain\n"),
+        ("The captain \n", "The captain "),
+        ("\nThe captain", "\nThe captain"),
+    ],
+)
+def test_one_final_newline_of_a_file_or_of_stdin_is_no_part_of_the_prompt(tmp_path, monkeypatch, written, taken):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(written.encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(written.encode())))
+    assert collect_prompts([], [], [file, Path("-")], optional=False) == [taken, taken]
+
+
+def test_a_prompt_of_the_command_line_is_taken_as_it_is():
+    assert collect_prompts(["The captain\n"], [], [], optional=False) == ["The captain\n"]
 
 
 def test_without_a_tokenizer_ids_go_in_and_come_out(tnllm, ids_bundle):
