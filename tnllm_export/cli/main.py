@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tnllm_export.cli import bench, build, build_plugin, demo, export, generate, inspect, train_demo, verify
+from tnllm_export.cli.session import run_app
 from tnllm_export.version import __version__
 
 app = typer.Typer(
@@ -58,4 +59,4 @@ def main() -> None:
         # Paths may hold bytes that are no text, and a terminal may lack characters: neither is worth a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    app()
+    run_app(app)

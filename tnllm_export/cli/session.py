@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -91,7 +91,7 @@ class Session:
             raise
         except OSError:
             # Stdout is what failed: the line on stderr has to do.
-            _forget_stdout()
+            _forget(sys.stdout)
         return typer.Exit(exit_code)
 
 
@@ -121,7 +121,7 @@ def session(json_output: bool) -> Iterator[Session]:
         ) from None
     except BrokenPipeError:
         current.progress.close()
-        _forget_stdout()
+        _forget(sys.stdout)
         raise typer.Exit(EXIT_PIPE) from None
 
 
@@ -179,8 +179,31 @@ def _warnings_as_lines(current: Session) -> Iterator[None]:
         yield
 
 
-def _forget_stdout() -> None:
+def run_app(app: Callable[[], object]) -> None:
+    """Run the command line; input and output that fail outside a command, as below `--help`, end as in one."""
+    try:
+        app()
+    except SystemExit as end:
+        # Where a reader goes away, typer and rich exit with 1.
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        code = EXIT_PIPE
+    except BrokenPipeError:
+        code = EXIT_PIPE
+    except OSError as error:
+        code = EXIT_IO
+        try:
+            _exit_for(error, Session(json_output=False))
+        except OSError:
+            _forget(sys.stderr)  # it is what failed
+    else:
+        return
+    _forget(sys.stdout)
+    sys.exit(code)
+
+
+def _forget(stream: TextIO) -> None:
     """Let Python's own flush at exit go nowhere."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, stream.fileno())

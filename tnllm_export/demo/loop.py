@@ -16,7 +16,7 @@ from tnllm_export.demo.evaluate import evaluate
 from tnllm_export.demo.regularisation import dropout, update_average
 from tnllm_export.demo.settings import CurvePoint, TrainingSettings
 from tnllm_export.demo.tokenizer import Segmenter
-from tnllm_export.errors import TnllmError
+from tnllm_export.errors import RequestError
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.progress import Progress
 
@@ -110,7 +110,9 @@ class Trainer:
 
     def _validate(self, step: int, training_loss: float, learning_rate: float) -> None:
         if not math.isfinite(training_loss):
-            raise TnllmError(f"training diverged before step {step}: the loss is {training_loss}; lower learning_rate")
+            raise RequestError(
+                f"training diverged before step {step}: the loss is {training_loss}; lower learning_rate"
+            )
         loss = math.log(evaluate(self.average, self.tokenizer, self.validation).perplexity)
         self.curve.append(CurvePoint(step, training_loss, loss, learning_rate, self.seconds))
         if loss < self.best_loss:

@@ -54,7 +54,7 @@ def train(
         CorpusError: The text is missing or too short.
         WriteError: `output` exists, or can't be written.
         UnsupportedTargetError: The device does not exist, or can't run the kernels that `TNLLM_KERNELS` asks for.
-        TnllmError: Training diverged.
+        RequestError: Training diverged.
     """
     place = _device(device)
     for used in (place, torch.device("cpu")):  # the result is evaluated on the CPU

@@ -39,6 +39,7 @@ CASES = {
     "no time": (("bench", "{bundle}", "--time-limit", "0"), 50, "time_limit is 0"),
     "page in no folder": (("bench", "{bundle}", "-o", "{tmp}/none/page.html"), 31, "can't be written"),
     "empty text": (("verify", "{bundle}", "--text-file", "{empty}"), 51, "has 0 tokens; expected at least 8"),
+    "device to train on": (("train-demo", "-o", "{tmp}/td", "--device", "abacus"), 42, "device is 'abacus'"),
     "short text": (("verify", "{bundle}", "--text-file", "{short}"), 51, "expected at least 8"),
 }
 
@@ -204,6 +205,29 @@ def test_a_reader_who_goes_away_is_no_error(text_bundle):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-c", "from tnllm_export.cli.main import main; main()", "inspect", text_bundle.path]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+COMMAND = [sys.executable, "-c", "from tnllm_export.cli.main import main; main()"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), (), ("generate", "--help")], ids=" ".join)
+def test_help_to_a_full_disk_is_one_line_too(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, timeout=120, check=False)
+        muted = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=full, timeout=120, check=False)
+    assert (done.returncode, muted.returncode) == (74, 74)
+    assert re.fullmatch(rb"error: No space left on device; [^\n]+\n", done.stderr)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), (), ("generate", "--help")], ids=" ".join)
+def test_a_reader_of_the_help_who_goes_away_is_no_error(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*COMMAND, *arguments]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

@@ -10,7 +10,7 @@ from tnllm_export.demo import TrainingResult, TrainingSettings, train
 from tnllm_export.demo.corpus import Corpus
 from tnllm_export.demo.evaluate import evaluate
 from tnllm_export.demo.tokenizer import load_tokenizer
-from tnllm_export.errors import TnllmError, UnsupportedTargetError, WriteError
+from tnllm_export.errors import RequestError, UnsupportedTargetError, WriteError
 from tnllm_export.models.checkpoint import load_model, open_checkpoint
 
 SMALL = TrainingSettings(
@@ -136,7 +136,7 @@ def test_an_existing_folder_is_never_touched(corpus_file: Path, tmp_path: Path) 
 
 def test_a_failed_training_leaves_nothing_behind(corpus_file: Path, tmp_path: Path) -> None:
     settings = dataclasses.replace(SMALL, learning_rate=math.inf)
-    with pytest.raises(TnllmError, match="training diverged before step 2"):
+    with pytest.raises(RequestError, match="training diverged before step 2"):
         train(corpus_file, tmp_path / "demo", settings=settings, device="cpu")
     assert list(tmp_path.iterdir()) == []
 
