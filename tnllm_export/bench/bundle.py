@@ -28,6 +28,7 @@ from tnllm_export.errors import (
 from tnllm_export.progress import Progress, silent
 from tnllm_export.runtime import load_runtime
 from tnllm_export.runtime.gpu import no_gpu
+from tnllm_export.runtime.support import check_threads
 from tnllm_export.targets import TARGETS
 
 _DISTRIBUTIONS = {
@@ -66,16 +67,15 @@ def bench_bundle(
         BundleError: No sound bundle.
         RuntimeMissingError: No such runtime.
         UnsupportedTargetError: There is no such device.
-        RequestError: `threads` is below 1.
+        RequestError: `threads` is below 1, or above what `load_runtime` takes.
     """
     started = time.monotonic()
     options = options or BenchOptions()
     where = _device(device)
     names = tuple(dict.fromkeys(runtimes)) or _runtimes_on(where.type)
     _check_names(names)
+    check_threads(threads)
     if threads is not None:
-        if threads < 1:
-            raise RequestError(f"threads is {threads}; expected at least 1, or none for each runtime's own choice")
         torch.set_num_threads(threads)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), progress=progress)
     manifest = opened.manifest

@@ -53,7 +53,10 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder t
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document, errors included.")]
 RuntimeOption = Annotated[RuntimeName, typer.Option("--runtime", help="What runs the bundle.")]
 DeviceOption = Annotated[DeviceName | None, typer.Option("--device", help="Default: the runtime's first.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: the runtime's.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads, at most 64 or four times the cores. Default: the runtime's."),
+]
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option("--dtype", help="Of weights and activations. Default: the checkpoint's, where ONNX Runtime runs it."),

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Protocol
 
 from tnllm_export.bundle import Bundle, open_bundle
-from tnllm_export.errors import RequestError, RuntimeMissingError
+from tnllm_export.errors import RuntimeMissingError
 from tnllm_export.runtime.aotinductor import AotInductorRuntime
 from tnllm_export.runtime.onnxruntime import OnnxRuntime
 from tnllm_export.runtime.onnxruntime_cuda import OnnxRuntimeCuda
 from tnllm_export.runtime.protocol import Runtime
+from tnllm_export.runtime.support import check_threads
 from tnllm_export.runtime.tensorrt import TensorrtRuntime
 from tnllm_export.runtime.torch import TorchRuntime
 from tnllm_export.targets import TARGETS
@@ -50,12 +51,11 @@ def load_runtime(
         RuntimeMissingError: No such runtime, or its package is not installed.
         EngineError: The bundle has no engines for the runtime, or none that run here.
         UnsupportedTargetError: The runtime does not run this bundle's dtype or lowering, or not on this device.
-        RequestError: `threads` is below 1.
+        RequestError: `threads` is below 1, or above four times the machine's cores (64 on small machines).
     """
     if name not in _RUNTIMES:
         raise RuntimeMissingError(f"unknown runtime {name!r}; expected one of: {', '.join(_RUNTIMES)}")
-    if threads is not None and threads < 1:
-        raise RequestError(f"threads is {threads}; expected at least 1, or none for the runtime's own choice")
+    check_threads(threads)
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(Path(bundle))
     device = device or next(target.device for target in TARGETS if target.runtime == name)

@@ -1,9 +1,11 @@
 """Whether a runtime can run a bundle, decided from the table of targets and the user's settings alone."""
 
+import os
+
 import torch
 
 from tnllm_export.bundle import Bundle
-from tnllm_export.errors import UnsupportedTargetError
+from tnllm_export.errors import RequestError, UnsupportedTargetError
 from tnllm_export.kernels.dispatch import ENVIRONMENT_VARIABLE, form_for
 from tnllm_export.targets import TARGETS, Target
 
@@ -64,6 +66,19 @@ def check_kernels(device: torch.device) -> None:
             f"Triton's kernels were asked for, but can't run on {device.type} here; expected a CUDA device and the "
             f"package triton: run there, or with {ENVIRONMENT_VARIABLE}=auto"
         ) from error
+
+
+def most_threads() -> int:
+    """Return how many CPU threads may be asked for; runtimes take ever longer to start more, which gain nothing."""
+    return max(64, 4 * (os.cpu_count() or 1))
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise RequestError unless a runtime may use so many threads; None is its own choice."""
+    if threads is not None and not 1 <= threads <= most_threads():
+        raise RequestError(
+            f"threads is {threads}; expected 1 … {most_threads()} on this machine, or none for the runtime's own choice"
+        )
 
 
 def weights_id(bundle: Bundle) -> str:

@@ -39,6 +39,13 @@ CASES = {
     "no time": (("bench", "{bundle}", "--time-limit", "0"), 50, "time_limit is 0"),
     "page in no folder": (("bench", "{bundle}", "-o", "{tmp}/none/page.html"), 31, "can't be written"),
     "empty text": (("verify", "{bundle}", "--text-file", "{empty}"), 51, "has 0 tokens; expected at least 8"),
+    "many threads": (
+        ("generate", "{bundle}", "--prompt", "x", "--threads", "100000"),
+        50,
+        "threads is 100000; expected",
+    ),
+    "many threads to verify with": (("verify", "{bundle}", "--threads", "100000"), 50, "threads is 100000; expected"),
+    "many threads to time": (("bench", "{bundle}", "--threads", "100000"), 50, "threads is 100000; expected"),
     "device to train on": (("train-demo", "-o", "{tmp}/td", "--device", "abacus"), 42, "device is 'abacus'"),
     "short text": (("verify", "{bundle}", "--text-file", "{short}"), 51, "expected at least 8"),
 }

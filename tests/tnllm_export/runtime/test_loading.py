@@ -21,7 +21,7 @@ from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.modeling import TransnormerForCausalLM
 from tnllm_export.runtime import Runtime, TorchRuntime, load_runtime
 from tnllm_export.runtime.onnxruntime import OnnxRuntime
-from tnllm_export.runtime.support import weights_id
+from tnllm_export.runtime.support import check_threads, weights_id
 from tnllm_export.runtime.torch import model_over
 from tnllm_export.targets import TARGETS
 
@@ -172,10 +172,18 @@ def test_a_gpu_that_is_not_there_is_told_the_way_out(bundle: Bundle, monkeypatch
     assert "--device cpu" in text
 
 
-def test_threads_below_one_are_refused(bundle: Bundle) -> None:
-    with pytest.raises(RequestError) as caught:
-        load_runtime(bundle, threads=0)
-    assert "threads is 0" in one_line(caught)
+@pytest.mark.parametrize(("cores", "most"), [(1, 64), (2, 64), (48, 192), (None, 64)])
+def test_threads_below_one_or_far_above_the_cores_are_refused(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, cores: int | None, most: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    for threads in (0, -1, most + 1, 100_000):
+        with pytest.raises(RequestError) as caught:
+            load_runtime(bundle, threads=threads)
+        assert f"threads is {threads}; expected 1 … {most}" in one_line(caught)
+    check_threads(None)
+    check_threads(1)
+    check_threads(most)
 
 
 def test_a_folder_without_a_bundle_is_refused(tmp_path: Path) -> None:
