@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tnllm_export.errors import PluginBuildError, WriteError
 from tnllm_export.kernels.compiled import KernelTable
+from tnllm_export.kernels.contract import LIGHTNING_ATTENTION_STEP
 from tnllm_export.plugins.table import TABLE, write_table
 
 SOURCES = Path(__file__).parent / "src"
@@ -67,6 +68,15 @@ def build_library(
             place.parent.mkdir(exist_ok=True)
             (folder / LIBRARY).replace(place)
     return place
+
+
+def is_library(path: Path) -> bool:
+    """Whether a file looks like a plugin library: machine code that names our plugins."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return content.startswith(b"\x7fELF") and LIGHTNING_ATTENTION_STEP.onnx_name.encode() in content
 
 
 def check_cache() -> None:

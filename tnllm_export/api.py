@@ -227,7 +227,7 @@ def build_plugin(
         capabilities: Compute capabilities of the GPUs that it shall run on, e.g. ("8.6", "120"); default: all that
             there are.
         bundle: Compile for the head sizes and the dtype of this bundle only; default: those of the released models.
-        output: Where to put the library; default: it stays in the cache.
+        output: Where to put the library, new or in place of an earlier one; default: it stays in the cache.
         include: Folder with TensorRT's headers; default: the variable TENSORRT_INCLUDE_DIR, else those that the package
             kernel-lens carries.
         progress: Told what is being compiled.
@@ -238,12 +238,16 @@ def build_plugin(
     Raises:
         BundleError: No sound bundle.
         EngineError: No compiler, no headers, no Triton, or an error of a compiler.
-        WriteError: The library can't be written.
+        WriteError: The library can't be written, or something else is in its place.
     """
     from tnllm_export.build.options import parse_compute_capabilities
     from tnllm_export.bundle import Bundle, open_bundle
+    from tnllm_export.bundle.outputs import check_output
     from tnllm_export.plugins.build import PluginOptions, build_plugin
+    from tnllm_export.plugins.library import is_library
 
+    if output is not None:
+        check_output(Path(output), "a plugin library", is_library)
     options = PluginOptions()
     if capabilities:
         parsed = parse_compute_capabilities(tuple(capabilities))

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from tests.plugins.fake import fake_table
 from tnllm_export.cli.main import app
-from tnllm_export.errors import PluginBuildError
+from tnllm_export.errors import PluginBuildError, WriteError
 from tnllm_export.plugins.build import PluginOptions
 
 
@@ -67,3 +67,15 @@ def test_without_triton_one_line_names_the_extra(monkeypatch):
     result = invoke("--sm", "86")
     assert result.exit_code == PluginBuildError.exit_code
     assert "pip install 'tnllm-export[triton]'" in result.stderr
+
+
+def test_only_an_earlier_library_is_replaced(asked, tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("keep me")
+    result = invoke("--sm", "8.6", "-o", notes)
+    assert result.exit_code == WriteError.exit_code
+    assert "exists already and is not a plugin library" in " ".join(result.stderr.split())
+    assert notes.read_text() == "keep me"
+    assert not asked
+    for _ in range(2):
+        assert invoke("--sm", "8.6", "-o", tmp_path / "plugins.so").exit_code == 0
