@@ -1,6 +1,5 @@
 """Tests marked `gpu` run wherever a CUDA device is; without one, Triton kernels run under Triton's interpreter."""
 
-import getpass
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -34,7 +33,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     marker = item.get_closest_marker("gpu")
     if marker is None or not torch.cuda.is_available():
         return (yield)
-    folder = Path(tempfile.gettempdir()) / f"tnllm-export-tests-{getpass.getuser()}"
+    folder = Path(tempfile.gettempdir()) / f"tnllm-export-tests-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     with shared_device(folder, alone=marker.kwargs.get("alone", False)):
         return (yield)
