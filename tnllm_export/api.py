@@ -397,16 +397,22 @@ def generator(
         BundleError: No sound bundle.
         RuntimeTargetError: The runtime can't run it.
         TokenizerError: The bundle's tokenizer can't be read.
+        RequestError: The runtime was loaded from other weights than the bundle's.
     """
     from tnllm_export.generate import Generator
     from tnllm_export.models.tokenizer import load_tokenizer
     from tnllm_export.runtime import load_runtime
+    from tnllm_export.runtime.support import check_weights
 
     opened = _opened(bundle, progress)
     tokenizer = None
     if opened.tokenizer_path is not None:
         tokenizer = load_tokenizer(opened.tokenizer_path, opened.manifest.config.vocab_size)
-    loaded = load_runtime(opened, runtime, device=device, threads=threads) if isinstance(runtime, str) else runtime
+    if isinstance(runtime, str):
+        loaded = load_runtime(opened, runtime, device=device, threads=threads)
+    else:
+        check_weights(runtime.info, opened)
+        loaded = runtime
     return Generator(loaded, tokenizer, prefill_chunk=prefill_chunk, prompt_limit=prompt_limit, progress=progress)
 
 

@@ -131,6 +131,13 @@ def test_every_path_may_be_text(text_checkpoint, tmp_path):
     assert api.load_state(state, api.load_runtime(folder)).token_ids == done.session.token_ids
 
 
+def test_a_runtime_of_another_bundle_is_refused(text_checkpoint, text_bundle, tmp_path):
+    other = api.export(text_checkpoint, tmp_path / "half", dtype="bfloat16")
+    runtime = api.load_runtime(text_bundle)
+    with pytest.raises(errors.RequestError, match=r"the runtime onnxruntime was loaded from other weights than those"):
+        api.generate(other, "The captain", runtime=runtime)
+
+
 def test_verify_keeps_its_report_in_the_bundle(text_bundle):
     report = api.verify(text_bundle, seed=5, workload=WORKLOAD)
     reopened = api.open_bundle(text_bundle.path)

@@ -24,6 +24,8 @@ def encode_prompts(
         PromptError: No prompt, text that is no Unicode, a token id that is no integer or outside the vocabulary, or
             more than `limit` tokens.
     """
+    if isinstance(prompts, bytes | bytearray) or not hasattr(prompts, "__len__"):
+        raise PromptError(f"prompt is of type {type(prompts).__name__}; expected text or a sequence of token ids")
     if not isinstance(prompts, str) and len(prompts) == 0:
         raise PromptError("no prompt given; expected text or token ids, at least one token")
     one = isinstance(prompts, str) or isinstance(prompts[0], Integral)
@@ -41,6 +43,8 @@ def _encode(name: str, prompt: object, tokenizer: Tokenizer | None, vocab_size: 
             # Bytes that are no UTF-8 come from a shell or from stdin as lone surrogates.
             raise PromptError(f"{name} is no UTF-8 text at character {error.start}; convert it to UTF-8") from error
         ids = tokenizer.encode(prompt)
+    elif isinstance(prompt, bytes | bytearray):
+        raise PromptError(f"{name} is of type {type(prompt).__name__}; expected text or a sequence of token ids")
     else:
         try:
             ids = [operator.index(token) for token in prompt]  # type: ignore[attr-defined]

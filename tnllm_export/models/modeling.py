@@ -284,7 +284,12 @@ class TransnormerForCausalLM(nn.Module):
 
         Returns:
             Logits float32, and each layer's new state.
+
+        Raises:
+            ValueError: `logits` is neither "all" nor "last".
         """
+        if logits not in ("all", "last"):
+            raise ValueError(f'logits is {logits!r}; expected "all" or "last"')
         B, T = input_ids.shape
         if lengths is None:
             lengths = torch.full((B,), T, dtype=torch.int32, device=input_ids.device)

@@ -7,6 +7,7 @@ import torch
 from tnllm_export.bundle import Bundle
 from tnllm_export.errors import RequestError, UnsupportedTargetError
 from tnllm_export.kernels.dispatch import ENVIRONMENT_VARIABLE, form_for
+from tnllm_export.runtime.protocol import RuntimeInfo
 from tnllm_export.targets import TARGETS, Target
 
 
@@ -84,3 +85,11 @@ def check_threads(threads: int | None) -> None:
 def weights_id(bundle: Bundle) -> str:
     """Return what tells this bundle's weights from all others: the checksum of `weights.safetensors`."""
     return bundle.manifest.files[bundle.manifest.weights].sha256
+
+
+def check_weights(info: RuntimeInfo, bundle: Bundle) -> None:
+    """Raise RequestError where a runtime is known to hold other weights than this bundle's."""
+    if info.weights_id not in ("", weights_id(bundle)):
+        raise RequestError(
+            f"the runtime {info.name} was loaded from other weights than those of {bundle.path}; load it from there"
+        )

@@ -123,6 +123,11 @@ def test_last_logits_are_those_of_each_rows_last_valid_token():
         assert relative_error(last[row], every[row, length - 1]) < 1e-6
 
 
+def test_other_logits_than_all_or_last_are_refused():
+    with pytest.raises(ValueError, match=r"logits is 'first'; expected \"all\" or \"last\""):
+        make_model()(torch.arange(5)[None], logits="first")
+
+
 @torch.inference_mode()
 def test_half_models_keep_float32_states_angles_and_rates():
     model = make_model(torch.bfloat16)
