@@ -52,9 +52,7 @@ def short_table(records: list[Record]) -> str:
         shapes.setdefault(shape, {}).setdefault(how, []).append(record)
     lines = []
     for shape, ways in shapes.items():
-        rivals = {how: _measured_rivals(found) for how, found in ways.items()}
-        captured = rivals.get(names.GRAPH, set()) >= rivals.get(names.LAUNCHED, set())
-        found = ways[names.GRAPH if names.GRAPH in ways and captured else names.LAUNCHED]
+        found = max((ways[how] for how in (names.GRAPH, names.LAUNCHED) if how in ways), key=_measured_rivals)
         values = peer_values(found)
         rival = best(values, LINEAR_PEERS)
         name = next((peer for peer in LINEAR_PEERS if rival is not None and values.get(peer) == rival), "")
@@ -67,8 +65,9 @@ def short_table(records: list[Record]) -> str:
     return rows(header, lines)
 
 
-def _measured_rivals(records: list[Record]) -> set[str]:
-    return {peer for peer, value in peer_values(records).items() if peer in LINEAR_PEERS and value is not None}
+def _measured_rivals(records: list[Record]) -> int:
+    values = peer_values(records)
+    return sum(values.get(peer) is not None for peer in LINEAR_PEERS)
 
 
 def parity_table(records: list[Record]) -> str:

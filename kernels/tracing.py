@@ -11,13 +11,18 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _TRANSFORMS = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Vmap)
 
 
+def compiles() -> bool:
+    """Whether torch.compile or torch.export reads the program instead of running it."""
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
+
+
 def runs_untraced(*tensors: Tensor) -> bool:
     """Whether there is no tracer, no dispatch mode, no functorch transform, no tensor subclass and no lazy negation.
 
     Raises:
         NotImplementedError: A tensor has a tangent, which neither kernels nor torch.library's ops would pass on.
     """
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if compiles():
         return False
     if forward_ad._current_level >= 0:
         _refuse_tangents(*tensors)
@@ -31,7 +36,7 @@ def runs_untraced(*tensors: Tensor) -> bool:
 
 def runs_transformed() -> bool:
     """Whether torch.func differentiates or maps what runs, and nobody traces it."""
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if compiles():
         return False
     transform = torch._C._functorch.peek_interpreter_stack()
     return transform is not None and transform.key() in _TRANSFORMS

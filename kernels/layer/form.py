@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tnllm_export.kernels.dispatch import form_for
-from tnllm_export.kernels.tracing import needs_gradient, runs_untraced
+from tnllm_export.kernels.tracing import compiles, needs_gradient, runs_untraced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the fused kernels take. They compute in float32 inside."""
@@ -22,7 +22,7 @@ def fused(*tensors: Tensor) -> bool:
     Never while a program is traced: torch.export keeps the plain ATen ops, which every runtime knows, and under
     torch.compile Inductor fuses them with their neighbours, which it could not do with an opaque op.
     """
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if compiles():
         return False
     return runs_triton(*tensors)
 

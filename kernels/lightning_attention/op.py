@@ -322,9 +322,7 @@ class _LightningAttention(torch.autograd.Function):
         _save_for_backward(ctx, inputs, (output, present_state))
         return output, present_state
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
+    backward = staticmethod(_backward)
 
 
 # The same for torch.func's transforms, which want the context apart: those take longer to call.
@@ -339,13 +337,8 @@ class _TransformedLightningAttention(torch.autograd.Function):
     def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         return _chunk_op(*inputs)  # type: ignore[no-any-return]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        _save_for_backward(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_backward)
 
 
 class _TransformedGradient(torch.autograd.Function):
@@ -361,9 +354,7 @@ class _TransformedGradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        _no_gradient_of_gradients(ctx, *grads)
+    backward = staticmethod(_no_gradient_of_gradients)
 
 
 def _chunk(

@@ -25,7 +25,7 @@ def encode_prompts(
             more than `limit` tokens.
     """
     if isinstance(prompts, bytes | bytearray) or not hasattr(prompts, "__len__"):
-        raise PromptError(f"prompt is of type {type(prompts).__name__}; expected text or a sequence of token ids")
+        raise _wrong_type("prompt", prompts)
     if not isinstance(prompts, str) and len(prompts) == 0:
         raise PromptError("no prompt given; expected text or token ids, at least one token")
     one = isinstance(prompts, str) or isinstance(prompts[0], Integral)
@@ -44,7 +44,7 @@ def _encode(name: str, prompt: object, tokenizer: Tokenizer | None, vocab_size: 
             raise PromptError(f"{name} is no UTF-8 text at character {error.start}; convert it to UTF-8") from error
         ids = tokenizer.encode(prompt)
     elif isinstance(prompt, bytes | bytearray):
-        raise PromptError(f"{name} is of type {type(prompt).__name__}; expected text or a sequence of token ids")
+        raise _wrong_type(name, prompt)
     else:
         try:
             ids = [operator.index(token) for token in prompt]  # type: ignore[attr-defined]
@@ -59,3 +59,7 @@ def _encode(name: str, prompt: object, tokenizer: Tokenizer | None, vocab_size: 
     if limit is not None and len(ids) > limit:
         raise PromptError(f"{name} has {len(ids)} tokens; expected at most {limit}: shorten it or raise the limit")
     return ids
+
+
+def _wrong_type(name: str, prompt: object) -> PromptError:
+    return PromptError(f"{name} is of type {type(prompt).__name__}; expected text or a sequence of token ids")
