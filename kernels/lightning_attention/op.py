@@ -4,11 +4,6 @@ A traced program (torch.export, torch.compile, a dispatch mode) holds one node f
 forms directly: torch.library's Python wrappers take longer than a short kernel.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -20,20 +15,16 @@ from tnllm_export.kernels.contract import (
     check_chunk_inputs,
     check_step_inputs,
 )
-from tnllm_export.kernels.dispatch import form_for
-from tnllm_export.kernels.lightning_attention.blocked import (
-    lightning_attention_blocked,
-    lightning_attention_blocked_backward,
+from tnllm_export.kernels.lightning_attention.form import (
+    compute_chunk,
+    compute_chunk_backward,
+    compute_slope_gradient,
+    compute_step,
+    runs_triton,
+    triton_step,
 )
 from tnllm_export.kernels.lightning_attention.handover_memory import nothing_kept
-from tnllm_export.kernels.lightning_attention.slope_gradient import slope_gradient_in_pieces
-from tnllm_export.kernels.lightning_attention.step import lightning_attention_step_pytorch
 from tnllm_export.kernels.tracing import needs_gradient, runs_transformed, runs_untraced
-
-MAX_HEAD_DIM = 256
-"""The widest query, key and value that the Triton kernels take; all widths are multiples of HEAD_DIM_STEP."""
-
-HEAD_DIM_STEP = 16
 
 
 def lightning_attention(
@@ -72,7 +63,7 @@ def lightning_attention(
             query, key, value, slope_rate, past_state, lengths
         )
         return results
-    return _chunk(query, key, value, slope_rate, past_state, lengths)
+    return compute_chunk(query, key, value, slope_rate, past_state, lengths)
 
 
 def lightning_attention_step(
@@ -103,7 +94,7 @@ def lightning_attention_step(
     if not untraced or needs_gradient(query, key, value, slope_rate, past_state):
         return _step_op(query, key, value, slope_rate, past_state)  # type: ignore[no-any-return]
     check_step_inputs(query, key, value, slope_rate, past_state)
-    return _step(query, key, value, slope_rate, past_state)
+    return compute_step(query, key, value, slope_rate, past_state)
 
 
 def lightning_attention_step_in_place(
@@ -126,14 +117,14 @@ def lightning_attention_step_in_place(
     check_step_inputs(query, key, value, slope_rate, state)
     if not state.is_contiguous():
         raise ValueError(f"state has strides {state.stride()}; expected a contiguous one, to be written in place")
-    if _runs_triton(query, value):
+    if runs_triton(query, value):
         output = torch.empty_like(value, memory_format=torch.contiguous_format)
-        _triton_step().step(query, key, value, slope_rate, state, output, state)
+        triton_step().step(query, key, value, slope_rate, state, output, state)
         # Whoever has kept the state for a backward of their own is told.
         torch.autograd.graph.increment_version(state)
         return output
     with torch.no_grad():
-        output, present_state = _step(query, key, value, slope_rate, state)
+        output, present_state = compute_step(query, key, value, slope_rate, state)
         state.copy_(present_state)
     return output
 
@@ -144,7 +135,7 @@ def _chunk_op(
 ) -> tuple[Tensor, Tensor]:
     check_chunk_inputs(query, key, value, slope_rate, past_state, lengths)
     with nothing_kept():
-        return _chunk(query, key, value, slope_rate, past_state, lengths)
+        return compute_chunk(query, key, value, slope_rate, past_state, lengths)
 
 
 @_chunk_op.register_fake
@@ -168,7 +159,7 @@ def _chunk_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = (grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
     with nothing_kept():
-        return cast(tuple[Tensor, Tensor, Tensor, Tensor], _chunk_backward(*arguments))
+        return cast(tuple[Tensor, Tensor, Tensor, Tensor], compute_chunk_backward(*arguments))
 
 
 @_chunk_backward_op.register_fake
@@ -197,7 +188,7 @@ def _slope_gradient_op(
     past_state: Tensor,
     lengths: Tensor,
 ) -> Tensor:
-    return _slope_gradient(grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
+    return compute_slope_gradient(grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
 
 
 @_slope_gradient_op.register_fake
@@ -219,7 +210,7 @@ def _step_op(
     query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor
 ) -> tuple[Tensor, Tensor]:
     check_step_inputs(query, key, value, slope_rate, past_state)
-    return _step(query, key, value, slope_rate, past_state)
+    return compute_step(query, key, value, slope_rate, past_state)
 
 
 @_step_op.register_fake
@@ -277,12 +268,12 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None) -
     grad_state = _absent(past_state, untraced) if grad_state is None else grad_state
     arguments = (grad_output, grad_state, *inputs)
     if untraced:
-        dq, dk, dv, d_state = _chunk_backward(*arguments, state_too=state_too)
+        dq, dk, dv, d_state = compute_chunk_backward(*arguments, state_too=state_too)
     else:
         dq, dk, dv, d_state = _op_in_backward(_chunk_backward_op, *arguments)
     d_slope = None
     if slope_too:
-        d_slope = _slope_gradient(*arguments) if untraced else _op_in_backward(_slope_gradient_op, *arguments)
+        d_slope = compute_slope_gradient(*arguments) if untraced else _op_in_backward(_slope_gradient_op, *arguments)
     return dq, dk, dv, d_slope, d_state, None
 
 
@@ -318,7 +309,7 @@ class _LightningAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        output, present_state = _chunk(*inputs)
+        output, present_state = compute_chunk(*inputs)
         _save_for_backward(ctx, inputs, (output, present_state))
         return output, present_state
 
@@ -357,89 +348,6 @@ class _TransformedGradient(torch.autograd.Function):
     backward = staticmethod(_no_gradient_of_gradients)
 
 
-def _chunk(
-    query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    inputs = (query, key, value, slope_rate, past_state, lengths)
-    if _runs_triton(query, value):
-        return _triton_chunk().lightning_attention_triton(*inputs)  # type: ignore[no-any-return]
-    with _accumulation_dtype_kept(query.device.type):
-        return lightning_attention_blocked(*inputs)
-
-
-def _chunk_backward(
-    grad_output: Tensor,
-    grad_state: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slope_rate: Tensor,
-    past_state: Tensor,
-    lengths: Tensor,
-    *,
-    state_too: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    inputs = (grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
-    if _runs_triton(query, value):
-        return _triton_chunk().lightning_attention_triton_backward(*inputs, state_too=state_too)  # type: ignore[no-any-return]
-    with _accumulation_dtype_kept(query.device.type):
-        dq, dk, dv, _, d_state = lightning_attention_blocked_backward(*inputs)
-    return dq, dk, dv, d_state if state_too else None
-
-
-def _slope_gradient(
-    grad_output: Tensor,
-    grad_state: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slope_rate: Tensor,
-    past_state: Tensor,
-    lengths: Tensor,
-) -> Tensor:
-    if _runs_triton(query, value):
-        _warn_of_slope_gradient()
-    with _accumulation_dtype_kept(query.device.type):
-        return slope_gradient_in_pieces(grad_output, grad_state, query, key, value, slope_rate, past_state, lengths)
-
-
-def _step(query: Tensor, key: Tensor, value: Tensor, slope_rate: Tensor, past_state: Tensor) -> tuple[Tensor, Tensor]:
-    if _runs_triton(query, value):
-        return _triton_step().lightning_attention_step_triton(  # type: ignore[no-any-return]
-            query, key, value, slope_rate, past_state
-        )
-    with _accumulation_dtype_kept(query.device.type):
-        return lightning_attention_step_pytorch(query, key, value, slope_rate, past_state)
-
-
-def _runs_triton(query: Tensor, value: Tensor) -> bool:
-    if query.dtype == torch.float64 or form_for(query.device) != "triton":
-        return False
-    K, V = query.shape[-1], value.shape[-1]
-    if K % HEAD_DIM_STEP or V % HEAD_DIM_STEP or not 0 < K <= MAX_HEAD_DIM or not 0 < V <= MAX_HEAD_DIM:
-        _warn_of_size(K, V)
-        return False
-    return True
-
-
-@cache
-def _warn_of_size(K: int, V: int) -> None:
-    warnings.warn(
-        f"lightning attention: found heads of {K} keys and {V} values; the Triton kernels take multiples of "
-        f"{HEAD_DIM_STEP} up to {MAX_HEAD_DIM}, so PyTorch computes, more slowly",
-        stacklevel=5,
-    )
-
-
-@cache
-def _warn_of_slope_gradient() -> None:
-    warnings.warn(
-        "lightning attention: slope_rate requires a gradient, which no Triton kernel computes, so PyTorch does, more "
-        "slowly; detach slope_rate if it is not learned",
-        stacklevel=4,
-    )
-
-
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast activations, as autocast casts those of `scaled_dot_product_attention`; it leaves float64 alone, too."""
     # Asked first: it takes a quarter of the time, and mostly there is none.
@@ -453,27 +361,6 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return query, key, value
 
 
-@contextmanager
-def _accumulation_dtype_kept(device: str) -> Iterator[None]:
-    """Keep autocast away from the PyTorch forms' inner products, which are float32 (float64)."""
-    if not torch.is_autocast_enabled(device):
-        yield
-        return
-    with torch.autocast(device, enabled=False):
-        yield
-
-
 def _like(x: Tensor) -> Tensor:
     """Results are contiguous, whatever the strides of the inputs."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-# Triton is imported when it is first wanted.
-@cache
-def _triton_chunk() -> Any:
-    return import_module("tnllm_export.kernels.lightning_attention.chunk")
-
-
-@cache
-def _triton_step() -> Any:
-    return import_module("tnllm_export.kernels.lightning_attention.step_kernel")

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from tnllm_export.kernels.layer.norm import EPSILON
-from tnllm_export.kernels.lightning_attention.op import HEAD_DIM_STEP
+from tnllm_export.kernels.lightning_attention.form import HEAD_DIM_STEP
 from tnllm_export.models.config import TransnormerConfig
 from tnllm_export.models.fused_decode import FusedDecoder, layers_of, weight_of
 from tnllm_export.models.modeling import TransnormerForCausalLM

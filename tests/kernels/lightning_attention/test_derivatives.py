@@ -122,7 +122,7 @@ def test_what_stands_in_padding_does_not_reach_a_gradient(inputs):
         return torch.autograd.grad(output.sum() + state.sum(), leaves)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tnllm_export.kernels.lightning_attention.op._warn_of_slope_gradient", lambda: None)
+        patch.setattr("tnllm_export.kernels.lightning_attention.form._warn_of_slope_gradient", lambda: None)
         for found, expected in zip(gradients(float("nan")), gradients(0.0), strict=True):
             assert expected.count_nonzero()
             assert torch.equal(found, expected)

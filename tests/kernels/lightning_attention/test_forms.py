@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tnllm_export.kernels.dispatch import use_kernels
-from tnllm_export.kernels.lightning_attention import lightning_attention, lightning_attention_step, op
+from tnllm_export.kernels.lightning_attention import form, lightning_attention, lightning_attention_step
 from tnllm_export.kernels.lightning_attention.blocked import lightning_attention_blocked_backward
 from tnllm_export.kernels.lightning_attention.reference import lightning_attention_reference
 from tnllm_export.kernels.lightning_attention.slope_gradient import slope_gradient_in_pieces
@@ -22,14 +22,14 @@ def calls(monkeypatch):
     """Names of the Triton forms in the order in which they ran."""
     pytest.importorskip("triton")
     seen = []
-    for module in (op._triton_chunk(), op._triton_step()):
+    for module in (form.triton_chunk(), form.triton_step()):
         for name in vars(module).copy():
             if name.startswith("lightning_attention") and "triton" in name:
-                form = getattr(module, name)
+                original = getattr(module, name)
 
-                def called(*args, name=name, form=form, **options):
+                def called(*args, name=name, original=original, **options):
                     seen.append(name)
-                    return form(*args, **options)
+                    return original(*args, **options)
 
                 monkeypatch.setattr(module, name, called)
     return seen
@@ -78,7 +78,7 @@ def test_float64_is_computed_in_pytorch_without_a_word(calls, chunk_inputs, step
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(("K", "V"), [(20, 16), (16, 8), (272, 16), (16, 272)])
 def test_a_size_without_a_kernel_is_warned_of_once_and_computed_in_pytorch(calls, chunk_inputs, K, V):
-    op._warn_of_size.cache_clear()
+    form._warn_of_size.cache_clear()
     inputs = chunk_inputs(1, 5, 1, K, V)
     with pytest.warns(UserWarning, match=f"found heads of {K} keys and {V} values.*multiples of 16 up to 256"):
         found = lightning_attention(*inputs)
@@ -140,7 +140,7 @@ def test_the_gradient_of_slope_rate_is_computed_when_it_is_learned(chunk_inputs,
     pytest.importorskip("triton")
     inputs = chunk_inputs(2, 40, 2, 16, 32)
     expected = gradients_with_slope(lightning_attention_reference, in_float64(inputs))
-    op._warn_of_slope_gradient.cache_clear()
+    form._warn_of_slope_gradient.cache_clear()
     with use_kernels("triton"), pytest.warns(UserWarning, match="slope_rate requires a gradient"):
         found = gradients_with_slope(lightning_attention, [x.to(device) for x in inputs])
     for gradient, reference in zip(found, expected, strict=True):
