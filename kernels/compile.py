@@ -20,7 +20,12 @@ from typing import IO, Any, cast, get_args
 from tnllm_export.errors import PluginBuildError
 from tnllm_export.kernels.compiled import CompiledKernel, KernelTable
 from tnllm_export.kernels.contract import LIGHTNING_ATTENTION, LIGHTNING_ATTENTION_STEP
-from tnllm_export.kernels.lightning_attention.step_plan import STEP_PROGRAMS, step_blocks, tile_of_block
+from tnllm_export.kernels.lightning_attention.step_plan import (
+    OLDEST_OVERLAP,
+    STEP_PROGRAMS,
+    step_blocks,
+    tile_of_block,
+)
 from tnllm_export.kernels.lightning_attention.sweep_plan import (
     RECOMPUTE_CHUNKS,
     Activation,
@@ -111,6 +116,7 @@ def _chunk_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Var
             "handover_cost": tile.handover_cost,
             "long_segment": tile.long_segment,
             "warps": tile.warps + tile.further_warps,
+            "overlaps": False,
             "compiled_warps": tile.warps,
             "stages": tile.stages,
             "state_stages": tile.state_stages,
@@ -137,6 +143,7 @@ def _step_variants(capability: int, dtype: str, K: int, V: int) -> Iterator[Vari
             "handover_cost": 0.0,
             "long_segment": 1,
             "warps": tile_of_block(block).warps,
+            "overlaps": capability >= OLDEST_OVERLAP,
             "compiled_warps": tile_of_block(block).warps,
         }
 

@@ -108,7 +108,7 @@ def _tile_constants(variant: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step_constants(variant: dict[str, Any]) -> dict[str, Any]:
-    return _sizes(variant) | {"BK": variant["key_block"], "BV": variant["value_block"], "OVERLAP": False}
+    return _sizes(variant) | {"BK": variant["key_block"], "BV": variant["value_block"], "OVERLAP": variant["overlaps"]}
 
 
 def _check(ptx: str, metadata: Any, variant: dict[str, Any], arguments: int) -> None:
@@ -120,6 +120,8 @@ def _check(ptx: str, metadata: Any, variant: dict[str, Any], arguments: int) -> 
         raise RuntimeError(f"found {found} kernel parameters, expected {arguments}")
     if "trap;" in ptx:
         raise RuntimeError("found a kernel that only traps: the compiler gave up on this tile")
+    if variant["overlaps"] and "griddepcontrol.wait" not in ptx:
+        raise RuntimeError("found a kernel that does not wait for the one before it")
     if metadata.profile_scratch_size:
         raise RuntimeError("found memory for profiling, expected none")
     if metadata.num_warps != variant["warps"] or getattr(metadata, "num_ctas", 1) != 1:

@@ -63,6 +63,8 @@ class CompiledKernel:
         entry: The kernel's symbol in the cubin.
         cubin: The code.
         warps: Of one program.
+        overlaps: It may be launched while the kernel before it ends (programmatic dependent launch), and waits for that
+            itself.
         shared_bytes: Dynamic shared memory.
         scratch_bytes: Triton's global scratch per program, 0 without.
         scratch_alignment: Of it.
@@ -87,6 +89,7 @@ class CompiledKernel:
     entry: str
     cubin: bytes
     warps: int
+    overlaps: bool
     shared_bytes: int
     scratch_bytes: int
     scratch_alignment: int

@@ -76,7 +76,7 @@ def _fields(kernel: CompiledKernel, offset: int, place: int) -> Iterable[str]:
     yield from map(repr, (kernel.programs_per_processor, kernel.answer_cost, kernel.walk_cost))
     yield from map(repr, (kernel.handover_cost, kernel.long_segment))
     yield f'"{kernel.entry}"'
-    yield from map(str, (offset, 32 * kernel.warps, kernel.shared_bytes))
+    yield from map(str, (offset, 32 * kernel.warps, str(kernel.overlaps).lower(), kernel.shared_bytes))
     yield from map(str, (kernel.scratch_bytes, max(kernel.scratch_alignment, 1)))
     yield f"kArguments{place}"
     yield str(len(kernel.arguments))

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from tnllm_export.kernels.dispatch import interpreted
+from tnllm_export.kernels.lightning_attention.step_plan import OLDEST_OVERLAP
 
 LIMIT = 4096
 """Keys that are remembered; they hold sizes, and a server sees many."""
@@ -55,8 +56,8 @@ def launch(
 
 
 def can_overlap(device: torch.device) -> bool:
-    """Whether kernels may start while the one before ends (programmatic dependent launch, sm_90 and later)."""
-    return capability(device) >= 90
+    """Whether kernels may start while the one before ends (programmatic dependent launch)."""
+    return capability(device) >= OLDEST_OVERLAP
 
 
 def is_current(device: torch.device) -> bool:

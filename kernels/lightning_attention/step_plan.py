@@ -11,6 +11,10 @@ BLOCKS = (16, 32, 64)
 LARGEST_TILE = 128 * 64
 """Values that a program keeps in registers."""
 
+OLDEST_OVERLAP = 90
+"""The oldest compute capability on which a kernel may start while the one before it ends: by a programmatic dependent
+launch."""
+
 
 @dataclass(frozen=True)
 class StepTile:

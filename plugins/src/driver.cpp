@@ -18,8 +18,11 @@ struct Opened {
             return;
         }
         whole = true;
-        auto find = [&](auto& function, char const* name) {
+        auto findNewer = [&](auto& function, char const* name) {
             function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+        };
+        auto find = [&](auto& function, char const* name) {
+            findNewer(function, name);
             whole = whole && function != nullptr;
         };
         find(driver.cuGetErrorName, "cuGetErrorName");
@@ -32,8 +35,8 @@ struct Opened {
         find(driver.cuMemsetD32Async, "cuMemsetD32Async");
         find(driver.cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2");
         find(driver.cuLaunchKernel, "cuLaunchKernel");
-        driver.cuTensorMapEncodeTiled = reinterpret_cast<decltype(driver.cuTensorMapEncodeTiled)>(
-            dlsym(library, "cuTensorMapEncodeTiled"));
+        findNewer(driver.cuLaunchKernelEx, "cuLaunchKernelEx");
+        findNewer(driver.cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled");
     }
 };
 

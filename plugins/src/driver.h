@@ -30,7 +30,24 @@ inline constexpr int kCapabilityMinor = 76;          // CU_DEVICE_ATTRIBUTE_COMP
 inline constexpr int kMaxDynamicSharedBytes = 8;     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 inline constexpr int kBfloat16 = 9;                  // CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
 inline constexpr int kSwizzle128Bytes = 3;           // CU_TENSOR_MAP_SWIZZLE_128B
+inline constexpr int kMayOverlap = 6;                // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 inline constexpr int kDefaultSharedBytes = 48 << 10;  // what a kernel may use without asking for more
+
+// CUlaunchConfig and CUlaunchAttribute.
+struct LaunchAttribute {
+    int id;
+    alignas(8) int value;
+    uint64_t unused[7];
+};
+
+struct LaunchConfig {
+    unsigned grid[3];
+    unsigned block[3];
+    unsigned sharedBytes;
+    CUstream stream;
+    LaunchAttribute* attributes;
+    unsigned attributeCount;
+};
 
 struct Driver {
     CUresult (*cuGetErrorName)(CUresult, char const**);
@@ -44,6 +61,8 @@ struct Driver {
     CUresult (*cuMemcpyDtoDAsync)(CUdeviceptr, CUdeviceptr, size_t, CUstream);
     CUresult (*cuLaunchKernel)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
         CUstream, void**, void**);
+    // nullptr in a driver before CUDA 11.8.
+    CUresult (*cuLaunchKernelEx)(LaunchConfig const*, CUfunction, void**, void**);
     // nullptr in a driver before CUDA 12.
     CUresult (*cuTensorMapEncodeTiled)(CUtensorMap*, int, unsigned, void*, uint64_t const*, uint64_t const*,
         uint32_t const*, uint32_t const*, int, int, int, int);

@@ -41,6 +41,7 @@ struct Kernel {
     char const* entry;
     size_t cubinOffset;
     int32_t threads;
+    bool overlaps;
     int32_t sharedBytes;
     int32_t scratchBytes;
     int32_t scratchAlignment;

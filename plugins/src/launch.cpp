@@ -99,6 +99,21 @@ bool encode(CUtensorMap& map, Call const& call, int64_t columns, void const* add
     return result == 0;
 }
 
+CUresult start(CUfunction kernel, Plan const& plan, CUstream stream, void** arguments) noexcept
+{
+    Driver const& cuda = *driver();
+    unsigned const columns = unsigned(plan.columns);
+    unsigned const segments = unsigned(plan.segments);
+    unsigned const threads = unsigned(plan.kernel->threads);
+    unsigned const sharedBytes = unsigned(plan.kernel->sharedBytes);
+    if (plan.kernel->overlaps && cuda.cuLaunchKernelEx != nullptr) {
+        LaunchAttribute mayOverlap{kMayOverlap, 1, {}};
+        LaunchConfig const config{{columns, segments, 1}, {threads, 1, 1}, sharedBytes, stream, &mayOverlap, 1};
+        return cuda.cuLaunchKernelEx(&config, kernel, arguments, nullptr);
+    }
+    return cuda.cuLaunchKernel(kernel, columns, segments, 1, threads, 1, 1, sharedBytes, stream, arguments, nullptr);
+}
+
 }  // namespace
 
 bool load(Plan const& plan, Device const& device, char const*& reason) noexcept
@@ -155,8 +170,7 @@ bool launch(Call const& call, Plan const& plan, Device const& device, Addresses 
             arguments[i] = &integers[i];
         }
     }
-    CUresult const result = cuda.cuLaunchKernel(kernel, unsigned(plan.columns), unsigned(plan.segments), 1,
-        unsigned(plan.kernel->threads), 1, 1, unsigned(plan.kernel->sharedBytes), stream, arguments, nullptr);
+    CUresult const result = start(kernel, plan, stream, arguments);
     if (result != 0) {
         reason = errorName(result);
     }

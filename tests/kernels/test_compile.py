@@ -52,6 +52,7 @@ def test_every_architecture_has_all_kernels_that_a_plan_may_choose():
             # From Hopper on, this kernel makes its tensor maps on the device.
             assert (kernel.scratch_bytes > 0) == (kernel.op == CHUNK and sm >= 90)
             assert kernel.scratch_alignment >= 1
+            assert kernel.overlaps == (kernel.op == STEP and sm >= 90)
     assert len({kernel.cubin for kernel in table.kernels}) == len(table.kernels)
 
 

@@ -22,9 +22,10 @@ struct State {
     uint64_t mapSizes[4], mapStrides[3];
     uint32_t mapBlock[4];
     uint64_t stream, capture;
+    int32_t overlaps;
 };
 
-State gState{{}, -1, 86, 20, 1, {}, 0, 0, {}, 0, {}, {}, {}, {}, {}, 0, 0};
+State gState{{}, -1, 86, 20, 1, {}, 0, 0, {}, 0, {}, {}, {}, {}, {}, 0, 0, 0};
 void* gReal = nullptr;
 
 template <typename Function>
@@ -183,16 +184,33 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
     return 0;
 }
 
+struct LaunchAttribute {
+    int id;
+    alignas(8) int value;
+    char unused[56];
+};
+
 struct LaunchConfig {
     unsigned grid[3], block[3], sharedBytes;
     void* stream;
-    void* attributes;
+    LaunchAttribute const* attributes;
     unsigned attributeCount;
 };
 
 int cuLaunchKernelEx(LaunchConfig const* config, void* function, void** arguments, void** extra)
 {
     gState.stream = reinterpret_cast<uint64_t>(config->stream);
+    gState.overlaps = 0;
+    for (unsigned i = 0; i < config->attributeCount; ++i) {
+        gState.overlaps += config->attributes[i].id == 6 && config->attributes[i].value == 1;
+    }
+    if (gReal != nullptr) {
+        if (counts(kLaunch)) {
+            return 2;
+        }
+        return real<int (*)(LaunchConfig const*, void*, void**, void**)>("cuLaunchKernelEx")(
+            config, function, arguments, extra);
+    }
     return cuLaunchKernel(function, config->grid[0], config->grid[1], config->grid[2], config->block[0],
         config->block[1], config->block[2], config->sharedBytes, config->stream, arguments, extra);
 }

@@ -31,6 +31,7 @@ class State(ctypes.Structure):
         ("map_block", ctypes.c_uint32 * 4),
         ("stream", ctypes.c_uint64),
         ("capture", ctypes.c_uint64),
+        ("overlaps", ctypes.c_int32),
     )
 
     def count(self, call: str) -> int:

@@ -67,6 +67,7 @@ def fake(op, capability, dtype, K, V, block, chunk, handover, arguments) -> Comp
         entry=f"{op}_{handover}_{block}",
         cubin=f"no code for {capability} {dtype}".encode(),
         warps=4,
+        overlaps=op == "LightningAttentionStep" and capability >= 90,
         shared_bytes=1 << 16,
         scratch_bytes=512 if capability == 120 else 0,
         scratch_alignment=128,

@@ -108,6 +108,17 @@ def test_a_kernel_is_told_tensor_maps_of_dense_activations(plugin_driver, cache,
     assert cuda.state.count("launch") == 1
 
 
+@pytest.mark.parametrize("capability", [86, 120])
+@pytest.mark.parametrize("op", [CHUNK, STEP])
+def test_only_a_kernel_that_waits_for_the_one_before_is_launched_while_that_one_ends(cuda, plugins, op, capability):
+    cuda.state.capability = capability
+    bound = tensors(op, 1, 1, 32)
+    plugins.create(op).run(bound, WORKSPACE)
+    assert cuda.state.count("launch") == 1
+    assert cuda.state.grid[0] > 0
+    assert cuda.state.overlaps == (op == STEP and capability == 120)
+
+
 def test_a_look_back_begins_with_cleared_counters_in_the_workspace(cuda, plugins):
     bound = tensors(CHUNK, 1, 16384, 1)
     cuda.state.argument_count = len(CHUNK_ARGUMENTS)
