@@ -1,6 +1,7 @@
 """From compute capabilities and head sizes to a plugin library: compile the kernels, then the library around them."""
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +74,12 @@ def build_plugin(
     progress("compiling the plugin library", 1, 1)
     if output is None:
         return library
+    partial = output.with_name(f".{output.name}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.copyfile(library, output))
+        shutil.copyfile(library, partial)
+        return partial.replace(output)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
         raise WriteError(f"{output}: could not be written, {error.strerror}; choose another path") from error

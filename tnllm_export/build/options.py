@@ -21,7 +21,7 @@ class EngineOptions:
         weights: "embedded" in each engine; "external": inputs of both engines, which then share one copy of the
             bundle's weights; "stripped": taken out by TensorRT and put back by a refit when the engine is loaded.
         compute_capabilities: Of the GPUs it shall run on, e.g. ("8.6", "12.0"); empty for the target's own choice.
-        plugin_library: The library with our plugins, for bundles of the lowering `plugin`.
+        plugin_library: The library with our plugins, for bundles of the lowering `plugin`. Paths may be strings.
         embed_plugin: Whether the engines carry the library.
         tf32: Whether float32 products may round their factors to 10 bits for the tensor cores. States, and all of the
             lowering `matmul`'s attention, are float32: without it they keep the precision that other runtimes have.
@@ -42,6 +42,10 @@ class EngineOptions:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("plugin_library", "timing_cache"):
+            path = getattr(self, name)
+            if path is not None:
+                object.__setattr__(self, name, Path(path))
         for kind, optimal, largest in (
             ("batch", self.opt_batch, self.max_batch),
             ("prompt", self.profile.opt_prompt, self.max_prompt),

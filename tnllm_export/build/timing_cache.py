@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from tnllm_export.bundle.files import reporting_write_errors
+from tnllm_export.bundle import files
+from tnllm_export.bundle.outputs import check_output
 from tnllm_export.errors import EngineBuildError
 from tnllm_export.tensorrt import last_error
 
@@ -13,9 +14,10 @@ def load_timing_cache(trt: Any, config: Any, path: Path) -> Any:
 
     Raises:
         EngineBuildError: TensorRT does not take the file.
-        WriteError: The file can't be written, which is better known before a build than after.
+        WriteError: The file can't be written, or lies in a bundle, which is better known before a build than after.
     """
-    with reporting_write_errors(path):
+    check_output(path, "a timing cache", recognise=lambda _: True)  # TensorRT tells below
+    with files.reporting_write_errors(path):
         path.open("ab").close()
         content = path.read_bytes()
     cache = config.create_timing_cache(content)
@@ -29,5 +31,5 @@ def load_timing_cache(trt: Any, config: Any, path: Path) -> Any:
 
 def save_timing_cache(cache: Any, path: Path) -> None:
     """Write a cache back. Raises WriteError."""
-    with reporting_write_errors(path):
-        path.write_bytes(memoryview(cache.serialize()))
+    with files.reporting_write_errors(path):
+        files.replace(path, bytes(cache.serialize()))

@@ -174,6 +174,12 @@ def _check_place(path: Path, overwrite: bool) -> None:
         raise BundleExistsError(f"{path}: exists already; choose another path, or --overwrite to replace a bundle")
     if not is_bundle(path):
         raise BundleExistsError(f"{path}: is no bundle, so it is not overwritten; choose another path")
+    closed = next((folder for folder, _, _ in os.walk(path) if not os.access(folder, os.W_OK)), None)
+    if closed is not None:
+        raise BundleExistsError(
+            f"{path}: no permission to write to {closed}, so it is not overwritten; change the folder's permissions or "
+            "choose another path"
+        )
     foreign = _foreign_files(path)
     if foreign:
         raise BundleExistsError(

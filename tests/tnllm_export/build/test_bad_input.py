@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +104,11 @@ def test_a_tensorrt_that_strips_no_weights_is_named_with_what_works_instead(expo
     assert "--weights external" in one_line(error)
 
 
+def test_paths_may_be_strings():
+    options = EngineOptions(plugin_library="library.so", timing_cache="times")
+    assert (options.plugin_library, options.timing_cache) == (Path("library.so"), Path("times"))
+
+
 def test_a_target_that_measures_nothing_takes_no_timing_cache(exported, tmp_path):
     with pytest.raises(EngineBuildError, match="tensorrt-rtx measures nothing while it builds; leave out --timing-cac"):
         build(exported("tiny", "float16", "matmul"), options=EngineOptions(timing_cache=tmp_path / "times"))
@@ -133,6 +139,9 @@ def test_a_timing_cache_is_kept_or_named_with_what_is_wrong_with_it(tmp_path):
         assert f"{path}: tensorrt_rtx {tensorrt_rtx.__version__} does not take this timing cache" in one_line(error)
         assert "delete it, or name another file" in one_line(error)
         assert path.read_bytes() == content
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(WriteError, match="link: is a symbolic link; expected a new file, or a timing cache to replace"):
+        load_timing_cache(tensorrt_rtx, Times(), tmp_path / "link")
     with pytest.raises(WriteError, match="nowhere/times: could not be written"):
         load_timing_cache(tensorrt_rtx, Times(), tmp_path / "nowhere" / "times")
 

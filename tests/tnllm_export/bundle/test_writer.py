@@ -1,6 +1,7 @@
 """Writing bundles: all or nothing, whatever happens, and nothing of anybody else's is ever touched."""
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,17 @@ def test_a_damaged_bundle_may_be_overwritten(place: Path, write_bundle: Write) -
     write_bundle(place / "b").decode_path.unlink()
     write_bundle(place / "b", overwrite=True)
     assert open_bundle(place / "b")
+
+
+def test_a_bundle_that_may_not_be_removed_is_not_overwritten(
+    place: Path, write_bundle: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = write_bundle(place / "b").path / "engines"
+    closed.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed)  # root may write anywhere
+    with pytest.raises(BundleExistsError, match=r"no permission to write to .*b/engines, so it is not overwritten"):
+        BundleWriter(place / "b", overwrite=True)
+    assert [path.name for path in place.iterdir()] == ["b"]
 
 
 @pytest.mark.parametrize("manifest", [None, "{}", "not json", '{"manifest_version": 3, "name": "an extension"}'])
