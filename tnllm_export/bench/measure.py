@@ -1,6 +1,7 @@
 """Timing the cases on a loaded runtime."""
 
 import itertools
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -83,7 +84,9 @@ class Bench:
             return timed[program](row, deadline)
         except (RuntimeTargetError, RequestError) as error:
             note = str(error)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
             note = f"out of memory: {' '.join(str(error).split())[:160]}"
         finally:
             release(self.device)
@@ -167,6 +170,13 @@ class _Step:
         logits, self._state = self._decode(self._token, self._positions, self._state)
         self._token = choose(logits)
         self._positions = self._positions + 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is what was missing, of the GPU or of the host: allocators have no common error."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return re.search(r"(can't|failed to) allocate memory|not enough memory|bad.alloc", str(error), re.I) is not None
 
 
 def choose(logits: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
 """What is measured, and for how long."""
 
+import math
 from dataclasses import dataclass
 
 from tnllm_export.errors import RequestError
+
+MOST = 2**31 - 1
+"""Tokens, or sequences, of one case."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class BenchOptions:
         time_limit: Seconds for everything that is timed. Runtimes share them; what finds none left is not measured.
 
     Raises:
-        RequestError: A part of it is empty or not positive.
+        RequestError: A part of it is empty, not positive, or beyond what a case can have.
     """
 
     prompt_lengths: tuple[int, ...] = (128, 512, 2048)
@@ -32,13 +36,13 @@ class BenchOptions:
             ("contexts", "--contexts", self.contexts),
             ("batches", "--batches", self.batches),
         ):
-            if not values or min(values) < 1:
+            if not values or min(values) < 1 or max(values) > MOST:
                 raise RequestError(
-                    f"{name} is {list(values)}; expected at least one number, each of 1 or more ({option} 1,2,3)"
+                    f"{name} is {list(values)}; expected at least one number, each of 1 to {MOST} ({option} 1,2,3)"
                 )
-        if self.tokens < 1:
-            raise RequestError(f"tokens is {self.tokens}; expected at least 1 (--tokens 64)")
-        if not self.time_limit > 0:
+        if not 1 <= self.tokens <= MOST:
+            raise RequestError(f"tokens is {self.tokens}; expected 1 to {MOST} (--tokens 64)")
+        if not 0 < self.time_limit < math.inf:
             raise RequestError(f"time_limit is {self.time_limit:g}; expected some seconds (--time-limit 300)")
 
     @property

@@ -50,8 +50,8 @@ class EngineOptions:
             ("batch", self.opt_batch, self.max_batch),
             ("prompt", self.profile.opt_prompt, self.max_prompt),
         ):
-            if largest < 1:
-                raise EngineBuildError(f"max-{kind} is {largest}; expected at least 1")
+            if not 1 <= largest < 2**31:  # TensorRT's sizes have 32 bits
+                raise EngineBuildError(f"max-{kind} is {largest}; expected 1 … {2**31 - 1}")
             if not 1 <= optimal <= largest:
                 raise EngineBuildError(f"opt-{kind} is {optimal}; expected 1 … {largest}, the max-{kind}")
         if self.weights not in get_args(WeightsMode):

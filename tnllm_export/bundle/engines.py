@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,13 @@ CONSTANTS = "constants.safetensors"
 """Beside AOTInductor's packages: what they need and no checkpoint has."""
 ENGINE_FILES: Mapping[str, str] = {name: f"{name}{ENGINE_SUFFIX}" for name in ("prefill", "decode")}
 
+_FILES = {
+    RECORD,
+    *ENGINE_FILES.values(),
+    *(f"{name}{PACKAGE_SUFFIX}" for name in ENGINE_FILES),
+    CONSTANTS,
+    PLUGIN_LIBRARY,
+}
 _PARTIAL = ".partial-"
 
 WeightsMode = Literal["embedded", "external", "stripped"]
@@ -146,6 +154,16 @@ class EngineSet:
             path = self.path / name
             if not path.is_file() or path.stat().st_size != record.bytes or _differs(path, record, advance):
                 raise EngineMismatchError(f"{path}: missing or not as it was built; build again with `tnllm build`")
+
+
+def is_engine_file(name: str) -> bool:
+    """Whether a path in a bundle, "engines/…", has a name that building engines gives, finished or not."""
+    folder, *rest = name.split("/")
+    if folder != ENGINES or len(rest) != 3:
+        return False
+    _, key, file = rest
+    found = re.fullmatch(rf"[0-9a-f]{{16}}({re.escape(_PARTIAL)}\d+-[0-9a-f]{{8}})?", key)
+    return found is not None and (found[1] is not None or file in _FILES)
 
 
 def engines_of(bundle: Path) -> tuple[EngineSet, ...]:

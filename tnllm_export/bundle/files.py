@@ -1,12 +1,16 @@
 """Writing files so that they are hashed on the way and never half there, and hashing them again."""
 
 import errno
+import fcntl
 import hashlib
 import os
+import re
+import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,6 +22,8 @@ PIECE_BYTES = 1 << 24
 """How much is read, cast, hashed and written at once: enough for full speed, little to hold several of."""
 
 _PIECES_IN_FLIGHT = 3
+_PARTIAL = r"\.partial-\d+-[0-9a-f]{8}"
+_ABANDONED_SECONDS = 3600
 
 _FINDINGS = {
     errno.ENOSPC: ("the disk is full", "free some space or choose another path"),
@@ -80,6 +86,18 @@ class HashedFile:
         self._file.close()
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time change a folder. Where a file system locks none (NFS), all may."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
     """Write a file that does not exist yet, with its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +108,9 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
 
 
 def replace(path: Path, data: bytes) -> FileRecord:
-    """Write a file, new or old, such that it is never seen half-written."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
+    """Write a file, new or old, such that it is never seen half-written, whoever else writes it."""
+    _clear_leftovers(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         record = write_new(partial, (data,))
         partial.replace(path)
@@ -101,6 +119,20 @@ def replace(path: Path, data: bytes) -> FileRecord:
         raise
     sync_folder(path.parent)
     return record
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file has the name of one that `replace` has not finished."""
+    return re.fullmatch(rf"\..+{_PARTIAL}", path.name) is not None
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what killed writers of a file have left: what nobody has touched for an hour."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}{_PARTIAL}")
+    with suppress(OSError):
+        for leftover in path.parent.iterdir():
+            if pattern.fullmatch(leftover.name) and time.time() - leftover.stat().st_mtime > _ABANDONED_SECONDS:
+                leftover.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 from tnllm_export.bundle import files
 from tnllm_export.bundle.layout import WeightsLayout, read_layout
 from tnllm_export.bundle.manifest import MANIFEST, FileRecord, Manifest, check_relative_name, parse_manifest
-from tnllm_export.errors import BundleCorruptError, BundleNotFoundError
+from tnllm_export.errors import BundleCorruptError, BundleError, BundleNotFoundError, WriteError
 from tnllm_export.models.checkpoint import Checkpoint, open_weights
 from tnllm_export.progress import Progress, silent
 
 REPORTS = "reports"
+REPORT_JSON = "parity.json"
+REPORT_PAGE = "parity.html"
 _REMEDY = "export again, or fetch the bundle again"
 
 
@@ -63,11 +65,12 @@ class Bundle:
             The bundle with its new manifest.
 
         Raises:
-            WriteError: Disk full, or no permission.
+            WriteError: Disk full, no permission, or another bundle has taken this one's place.
         """
         named = {check_relative_name(f"{REPORTS}/{name}"): content for name, content in reports.items()}
         others = {name: record for name, record in self.manifest.files.items() if name not in named}
-        with files.reporting_write_errors(self.path):
+        with files.reporting_write_errors(self.path), files.locked(self.path):
+            self._check_still_there()
             # Killed at any point, this leaves a bundle that is whole: first without the reports, then with them.
             if len(others) < len(self.manifest.files):
                 self._write_manifest(self.manifest.model_copy(update={"files": others, "parity": None}))
@@ -75,6 +78,14 @@ class Bundle:
             manifest = self.manifest.model_copy(update={"files": others | records, "parity": dict(parity)})
             self._write_manifest(manifest)
         return replace(self, manifest=manifest)
+
+    def _check_still_there(self) -> None:
+        try:
+            found = parse_manifest((self.path / MANIFEST).read_bytes(), self.path / MANIFEST)
+        except BundleError:
+            found = None
+        if found is None or _without_reports(found) != _without_reports(self.manifest):
+            raise WriteError(f"{self.path}: another bundle has taken this one's place; do that again")
 
     def _write_manifest(self, manifest: Manifest) -> None:
         files.replace(self.path / MANIFEST, manifest.to_text().encode())
@@ -114,6 +125,11 @@ def is_bundle(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(fields, dict) and {"schema_version", "lowering", "graphs"} <= fields.keys()
+
+
+def _without_reports(manifest: Manifest) -> Manifest:
+    others = {name: record for name, record in manifest.files.items() if not name.startswith(f"{REPORTS}/")}
+    return manifest.model_copy(update={"files": others, "parity": None})
 
 
 def _check_presence(path: Path, record: FileRecord) -> None:

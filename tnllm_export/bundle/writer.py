@@ -1,5 +1,6 @@
 """Writing a bundle: into a temporary folder beside its place, renamed when all of it is on the disk."""
 
+import errno
 import fcntl
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,9 +18,10 @@ from torch import Tensor
 
 from tnllm_export.bundle import files
 from tnllm_export.bundle.direct import DirectFile
+from tnllm_export.bundle.engines import is_engine_file
 from tnllm_export.bundle.layout import DTYPES, WeightsLayout
 from tnllm_export.bundle.manifest import MANIFEST, WEIGHTS, FileRecord, Manifest, check_relative_name
-from tnllm_export.bundle.reader import Bundle, is_bundle
+from tnllm_export.bundle.reader import REPORT_JSON, REPORT_PAGE, REPORTS, Bundle, is_bundle
 from tnllm_export.errors import BundleExistsError, WriteError
 from tnllm_export.models.finite import check_cast
 from tnllm_export.progress import Progress, silent
@@ -27,8 +30,11 @@ _PIECE_BYTES = 1 << 26
 """How much of a weight is cast, checked and copied at once. Between pieces the writer waits for its turn in the
 interpreter, which an export shares with the tracer; so there are few."""
 
-_ADDED_LATER = ("engines/", "reports/")
-"""Folders that other commands add to a bundle; they go with it when it is replaced."""
+_REPORTS = {f"{REPORTS}/{name}" for name in (REPORT_JSON, REPORT_PAGE)}
+"""What `tnllm verify` adds to a bundle; the manifest does not list it while that is under way."""
+
+_ATTEMPTS = 100
+"""To take a place that others take at the same time."""
 
 
 class BundleWriter:
@@ -47,13 +53,19 @@ class BundleWriter:
             overwrite: Whether a bundle that is there may be replaced. Nothing but a bundle ever is.
 
         Raises:
-            BundleExistsError: Something is there that may not be replaced.
+            BundleExistsError: Something is there that may not be replaced, or the place is in another bundle.
+            WriteError: The place can't be looked at.
         """
         self.path = path.resolve()
         self._overwrite = overwrite
         self._files: dict[str, FileRecord] = {}
         self._lock: int | None = None
-        _check_place(self.path, overwrite)
+        with files.reporting_write_errors(self.path):
+            _check_place(self.path, overwrite)
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise WriteError(f"{self.path}: no UTF-8, which ONNX's checker wants; choose another path") from None
 
     def __enter__(self) -> Self:
         """Make the temporary folder. Raises WriteError where that is not possible, or BundleExistsError."""
@@ -152,22 +164,30 @@ class BundleWriter:
         return Bundle(self.path, manifest)
 
     def _take_place(self) -> None:
-        old = None
-        if self.path.exists():
+        for attempt in range(1, _ATTEMPTS + 1):
             old = _sibling(self.path, "old")
-            self.path.rename(old)
-        try:
-            self._partial.rename(self.path)
-        except OSError:
-            if old is not None:
-                old.rename(self.path)
-            raise
+            with suppress(FileNotFoundError):
+                self.path.rename(old)
+            try:
+                self._partial.rename(self.path)
+                break
+            except OSError as error:
+                taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+                if not taken and old.exists():
+                    old.rename(self.path)
+                if not taken or attempt == _ATTEMPTS:
+                    raise
+                _check_place(self.path, self._overwrite)  # another export was quicker
+            finally:
+                if self.path.exists():
+                    shutil.rmtree(old, ignore_errors=True)
         files.sync_folder(self.path.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_place(path: Path, overwrite: bool) -> None:
+    around = next((folder for folder in path.parents if is_bundle(folder)), None)
+    if around is not None:
+        raise BundleExistsError(f"{path}: lies in the bundle {around}; choose another path")
     if not path.exists():
         return
     if not overwrite:
@@ -191,15 +211,14 @@ def _check_place(path: Path, overwrite: bool) -> None:
 def _foreign_files(path: Path) -> list[str]:
     """List what someone else has put into a bundle's folder, even if the manifest can no longer be trusted."""
     listed = json.loads((path / MANIFEST).read_bytes()).get("files") or {}
-    found = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
-    return [
+    ours = {MANIFEST, *listed, *_REPORTS}
+    found = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+    return sorted(
         name
-        for name in found
-        if name != MANIFEST
-        and name not in listed
-        and not name.startswith(_ADDED_LATER)
-        and not name.endswith(".partial")
-    ]
+        for file in found
+        if (name := file.relative_to(path).as_posix()) not in ours
+        and (file.is_symlink() or not (is_engine_file(name) or files.is_partial(file)))
+    )
 
 
 def _sibling(path: Path, role: str) -> Path:

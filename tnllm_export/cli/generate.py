@@ -237,7 +237,10 @@ def _choose_seed(given: int | None, resumed: int | None) -> int:
 def _read_prompt(path: Path) -> str:
     """Read a prompt without the newline that ends a file: as a last token it would change what follows."""
     from tnllm_export.cli.verify import read_text
+    from tnllm_export.errors import PromptError
 
+    if str(path) == "-" and sys.stdin is None:
+        raise PromptError("--prompt-file - reads stdin, which is closed; give a prompt another way")
     # Read as text, "\r\n" is "\n" by now.
     text = sys.stdin.read() if str(path) == "-" else read_text(path)
     return text.removesuffix("\n")

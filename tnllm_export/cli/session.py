@@ -85,8 +85,13 @@ class Session:
         """Report an error and return the exit to raise."""
         self.progress.close()
         self.say(kind, message)
+        report = {"type": name, "message": " ".join(message.split()), "exit_code": exit_code}
         try:
-            self.finish({"type": name, "message": " ".join(message.split()), "exit_code": exit_code})
+            try:
+                self.finish(report)
+            except ValueError:  # the document is what JSON can't say
+                self.document = {}
+                self.finish(report)
         except BrokenPipeError:
             raise
         except OSError:
@@ -113,6 +118,8 @@ def session(json_output: bool) -> Iterator[Session]:
                 yield current
             current.finish()
         except Exception as error:
+            if _follows_interrupt(error):
+                raise KeyboardInterrupt from None
             # From within, so that a reader who goes away while the error is printed is noticed too.
             raise _exit_for(error, current) from None
     except KeyboardInterrupt:
@@ -149,6 +156,13 @@ def _exit_for(error: Exception, current: Session) -> Exception:
                 traceback.print_exception(error)
             hint = f"please report; run with {DEBUG}=1 for the traceback"
             return current.fail("internal error", name, f"{name}: {error}; {hint}", EXIT_INTERNAL)
+
+
+def _follows_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C led to an error: packages that it meets while they are imported raise others instead."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @contextmanager

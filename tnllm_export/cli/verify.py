@@ -37,7 +37,9 @@ def verify(
         Path | None,
         typer.Option("--text-file", metavar="FILE", help="UTF-8 text to verify on. Default: a sample text."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the random tokens. Default: a new one.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the random tokens. Default: a new one.")
+    ] = None,
     threads: ThreadsOption = None,
     save: Annotated[bool, typer.Option(help="Write the report into the bundle.")] = True,
     json_output: JsonOption = False,

@@ -47,11 +47,11 @@ class TransnormerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    vocab_size: int = Field(gt=0)
-    decoder_embed_dim: int = Field(gt=0)
-    decoder_layers: int = Field(gt=0, strict=True)
-    decoder_attention_heads: int = Field(gt=0)
-    glu_dim: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, lt=2**31)
+    decoder_embed_dim: int = Field(gt=0, lt=2**31)
+    decoder_layers: int = Field(gt=0, lt=2**31, strict=True)
+    decoder_attention_heads: int = Field(gt=0, lt=2**31)
+    glu_dim: int = Field(gt=0, lt=2**31)
     hidden_dim: int | None = None
     no_scale_embedding: bool = False
     linear_use_lrpe_list: tuple[bool, ...] = ()
@@ -65,7 +65,7 @@ class TransnormerConfig(BaseModel):
     pad_token_id: int = 0
     bos_token_id: int = 1
     eos_token_id: int = 2
-    init_std: float = 0.02
+    init_std: float = Field(default=0.02, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -131,7 +131,7 @@ def load_config(folder: Path) -> tuple[TransnormerConfig, list[str]]:
         raise CheckpointNotFoundError(f"{folder}: no config.json; expected a Hugging Face style checkpoint folder")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON or no UTF-8, a number or a depth that Python refuses
         raise ConfigError(f"{path}: broken JSON ({error}); restore the file from the checkpoint's source") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: holds a {type(fields).__name__}; expected a JSON object")

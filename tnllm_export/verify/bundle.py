@@ -3,12 +3,14 @@
 import json
 import os
 import time
+from numbers import Integral
 from pathlib import Path
 
 import torch
 
 from tnllm_export.bundle import DTYPES, Bundle, open_bundle
-from tnllm_export.errors import TextUnsupportedError, UnsupportedTargetError, WriteError
+from tnllm_export.bundle.reader import REPORT_JSON, REPORT_PAGE
+from tnllm_export.errors import RequestError, TextUnsupportedError, UnsupportedTargetError, WriteError
 from tnllm_export.models.checkpoint import load_model, open_checkpoint
 from tnllm_export.models.tokenizer import load_tokenizer
 from tnllm_export.progress import Progress, silent
@@ -19,9 +21,6 @@ from tnllm_export.verify.judge import judge, subject_of
 from tnllm_export.verify.page import html_page
 from tnllm_export.verify.parity import Workload, fresh_seed, make_cases, run_candidate, run_eager
 from tnllm_export.verify.records import ParityReport
-
-REPORT_JSON = "parity.json"
-REPORT_PAGE = "parity.html"
 
 
 def verify_bundle(
@@ -63,6 +62,7 @@ def verify_bundle(
         RuntimeTargetError: The runtime can't run it.
         TextUnsupportedError: `text` for a bundle without a tokenizer.
         PromptError: `text` is too short.
+        RequestError: `seed` is out of its range.
         WriteError: The report can't be written into the bundle.
         ParityError: The answers can't be compared at all.
     """
@@ -75,6 +75,8 @@ def verify_bundle(
         )
     check_kernels(torch.device("cpu"))  # where the eager model runs, after the bundle's turn
     seed = fresh_seed() if seed is None else seed
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+        raise RequestError(f"seed is {seed!r}; expected 0 … 2^63 - 1")
     ids, source = _text_ids(bundle, text)
 
     progress(f"loading {runtime}", 0, 1)

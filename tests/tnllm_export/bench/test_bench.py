@@ -134,7 +134,13 @@ def test_half_precision_is_checked_beside_float32(text_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [DeviceMemoryError("decode: no memory"), torch.OutOfMemoryError("no\nmemory"), RequestError("too large")]
+    "error",
+    [
+        DeviceMemoryError("decode: no memory"),
+        torch.OutOfMemoryError("no\nmemory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RequestError("too large"),
+    ],
 )
 def test_a_case_that_fails_says_so_and_the_others_go_on(text_bundle, error):
     runtime = load_runtime(text_bundle, "torch")

@@ -28,8 +28,9 @@ def one_line(error):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_batch": 0}, "max-batch is 0; expected at least 1"),
-        ({"max_prompt": -3}, "max-prompt is -3; expected at least 1"),
+        ({"max_batch": 0}, "max-batch is 0; expected 1 … 2147483647"),
+        ({"max_batch": 1 << 31}, "max-batch is 2147483648; expected 1 … 2147483647"),
+        ({"max_prompt": -3}, "max-prompt is -3; expected 1 …"),
         ({"max_batch": 4, "opt_batch": 5}, "opt-batch is 5; expected 1 … 4"),
         ({"max_prompt": 100, "opt_prompt": 0}, "opt-prompt is 0; expected 1 … 100"),
         ({"weights": "gone"}, "weights is 'gone'; expected one of: embedded, external, stripped"),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,30 @@ def test_reports_are_added_and_replaced(place: Path, write_bundle: Write) -> Non
     assert opened.manifest.parity == {"ok": True}
     assert (place / "b" / "reports" / "parity.json").read_bytes() == b"3"
     assert set(opened.manifest.files) >= {"reports/parity.json", "reports/parity.html"}
-    assert not list((place / "b").rglob("*.partial"))
+    assert not list((place / "b").rglob("*.partial*"))
+
+
+def test_reports_of_a_bundle_that_was_replaced_meanwhile_are_not_put_into_the_new_one(
+    place: Path, write_bundle: Write
+) -> None:
+    verified = write_bundle(place / "b")
+    new = write_bundle(place / "b", overwrite=True, decode=b"another")
+    with pytest.raises(WriteError, match="another bundle has taken this one's place"):
+        verified.add_reports({}, {"parity.json": b"1"})
+    assert open_bundle(place / "b") == new
+
+
+def test_reports_that_are_added_at_the_same_time_fit_the_manifest(place: Path, write_bundle: Write) -> None:
+    bundle = write_bundle(place / "b")
+
+    def add(run: int) -> None:
+        bundle.add_reports({"run": run}, {"parity.json": bytes([run]) * 1000, "parity.html": b"1"})
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(add, range(40)))
+    opened = open_bundle(place / "b")
+    assert opened.manifest.parity is not None
+    assert (place / "b" / "reports" / "parity.json").read_bytes()[0] == opened.manifest.parity["run"]
 
 
 def test_reports_stay_inside_the_bundle(place: Path, write_bundle: Write) -> None:

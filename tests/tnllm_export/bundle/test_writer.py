@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,12 +141,90 @@ def test_a_file_is_never_overwritten(place: Path) -> None:
     assert (place / "b").read_text() == "a file"
 
 
-def test_a_bundle_with_somebody_elses_files_in_it_is_not_overwritten(place: Path, write_bundle: Write) -> None:
+FOREIGN = (
+    *(
+        "notes.txt",
+        "reports/notes.txt",
+        "engines/notes.txt",
+        "notes.partial",
+        "engines/tensorrt-rtx/0123456789abcdef/a",
+    ),
+    *("engines/tensorrt-rtx/mine/prefill.engine", "reports/.notes.txt.partial", "reports/deeper/parity.json"),
+)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_bundle_with_somebody_elses_files_in_it_is_not_overwritten(
+    place: Path, write_bundle: Write, name: str
+) -> None:
     write_bundle(place / "b")
-    (place / "b" / "notes.txt").write_text("mine")
-    with pytest.raises(BundleExistsError, match=r"notes\.txt"):
+    mine = place / "b" / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(BundleExistsError, match=re.escape(f"no part of the bundle ({name})")):
         BundleWriter(place / "b", overwrite=True)
-    assert (place / "b" / "notes.txt").read_text() == "mine"
+    assert mine.read_text() == "mine"
+
+
+def test_a_bundle_with_a_link_to_somebody_elses_folder_in_it_is_not_overwritten(
+    place: Path, write_bundle: Write
+) -> None:
+    write_bundle(place / "b")
+    (place / "mine").mkdir()
+    (place / "b" / "engines").symlink_to(place / "mine")
+    with pytest.raises(BundleExistsError, match=r"no part of the bundle \(engines\)"):
+        BundleWriter(place / "b", overwrite=True)
+
+
+def test_what_other_commands_add_goes_with_the_bundle(place: Path, write_bundle: Write) -> None:
+    write_bundle(place / "b")
+    for name in (
+        *("reports/parity.json", "reports/.parity.html.partial-12-0123abcd", ".manifest.json.partial-12-0123abcd"),
+        *(f"engines/tensorrt-rtx/0123456789abcdef/{name}" for name in ("engines.json", "decode.engine")),
+        *(f"engines/aotinductor/0123456789abcdef/{name}" for name in ("prefill.pt2", "constants.safetensors")),
+        "engines/tensorrt-rtx/0123456789abcdef.partial-12-0123abcd/prefill.engine",
+    ):
+        (place / "b" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "b" / name).touch()
+    write_bundle(place / "b", overwrite=True)
+    assert not (place / "b" / "engines").exists()
+
+
+def test_a_name_of_other_bytes_is_refused_before_the_work(place: Path) -> None:
+    with pytest.raises(WriteError, match="no UTF-8"):
+        BundleWriter(place / "\udcff")
+
+
+@pytest.mark.parametrize("inside", ["c", "reports/c", "engines/deeper/c"])
+def test_no_bundle_is_put_into_another(place: Path, write_bundle: Write, inside: str) -> None:
+    old = write_bundle(place / "b")
+    with pytest.raises(BundleExistsError, match=re.escape(f"lies in the bundle {place / 'b'}")):
+        BundleWriter(place / "b" / inside)
+    assert open_bundle(place / "b") == old
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_export_that_takes_the_place_first_is_replaced_or_left(
+    place: Path, write_bundle: Write, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    real, others = Path.rename, []
+
+    def slow(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name and not others:
+            others.append(None)
+            others[0] = write_bundle(place / "b", overwrite=overwrite, decode=b"another")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", slow)
+    if overwrite:
+        write_bundle(place / "b", overwrite=True)
+        write_bundle(place / "b", overwrite=True)
+        assert open_bundle(place / "b").decode_path.read_bytes() == b"decode graph"
+    else:
+        with pytest.raises(BundleExistsError):
+            write_bundle(place / "b")
+        assert open_bundle(place / "b") == others[0]
+    assert [path.name for path in place.iterdir()] == ["b"]
 
 
 def test_an_overwrite_that_fails_leaves_the_old_bundle(place: Path, write_bundle: Write) -> None:

@@ -37,6 +37,14 @@ CASES = {
     "numbers that are none": (("bench", "{bundle}", "--contexts", "1,x"), 50, "--contexts is '1,x'; expected integers"),
     "prompts of no length": (("bench", "{bundle}", "--prompt-lengths", "0"), 50, "prompt_lengths is [0]"),
     "no time": (("bench", "{bundle}", "--time-limit", "0"), 50, "time_limit is 0"),
+    "all the time": (("bench", "{bundle}", "--time-limit", "inf"), 50, "time_limit is inf"),
+    "more sequences than there are numbers": (
+        ("bench", "{bundle}", "--batches", "1,9999999999"),
+        50,
+        "1 to 2147483647",
+    ),
+    "bundle in a bundle": (("export", "{checkpoint}", "-o", "{bundle}/b"), 22, "lies in the bundle"),
+    "long name": (("export", "{checkpoint}", "-o", "{tmp}/" + "a" * 300), 31, "the name is too long"),
     "page in no folder": (("bench", "{bundle}", "-o", "{tmp}/none/page.html"), 31, "can't be written"),
     "empty text": (("verify", "{bundle}", "--text-file", "{empty}"), 51, "has 0 tokens; expected at least 8"),
     "many threads": (

@@ -77,7 +77,9 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"vocab_size": 97,}', "\N{BYTE ORDER MARK}", "[1, 2]", "null"])
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"vocab_size": 97,}', "\N{BYTE ORDER MARK}", "[1, 2]", "null", "[" * 100_000, "9" * 5000]
+)
 def test_broken_json_is_named_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json: ") as caught:
@@ -96,6 +98,9 @@ def test_broken_json_is_named_in_one_line(tmp_path: Path, text: str) -> None:
         ({"linear_use_lrpe_list": [1]}, ["linear_use_lrpe_list has 1", "3"]),
         ({"vocab_size": 0}, ["vocab_size", "0"]),
         ({"vocab_size": "many"}, ["vocab_size", "many"]),
+        ({"vocab_size": 10**30}, ["vocab_size", "2147483648"]),
+        ({"init_std": -0.02}, ["init_std", "-0.02"]),
+        ({"init_std": float("nan")}, ["init_std", "nan"]),
         ({"decoder_layers": 0}, ["decoder_layers", "0"]),
         ({"decoder_layers": "3"}, ["decoder_layers", "integer", "'3'"]),
         ({"bias": True}, ["bias"]),
