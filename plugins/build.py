@@ -1,5 +1,6 @@
 """From compute capabilities and head sizes to a plugin library: compile the kernels, then the library around them."""
 
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def build_plugin(
     progress("compiling the plugin library", 1, 1)
     if output is None:
         return library
-    partial = output.with_name(f".{output.name}.partial")
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(library, partial)

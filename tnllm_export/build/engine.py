@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tnllm_export.build.monitor import Phases, make_monitor
+from tnllm_export.build.monitor import Phases, interrupts_stop, make_monitor
 from tnllm_export.build.network import add_profile, make_weights_inputs, parse_network, put_placeholders, read_graph
 from tnllm_export.build.options import EngineOptions, resolve_compute_capabilities
 from tnllm_export.build.timing_cache import load_timing_cache, save_timing_cache
@@ -53,37 +53,38 @@ def build_engine(
     """
     stage = f"building the {program} engine"
     progress(stage, 0, 1000)
-    builder = make_builder(trt)
-    model = read_graph(graph)
-    placeholders = options.weights == "stripped" and target.placeholders
-    outside = make_weights_inputs(model) if options.weights == "external" or placeholders else frozenset()
-    network = parse_network(trt, builder, model, graph)
-    if placeholders:
-        put_placeholders(trt, network, outside)
-    config = builder.create_builder_config()
-    add_profile(builder, config, network, options.profile)
-    capabilities = resolve_compute_capabilities(trt, options.compute_capabilities)
-    if capabilities:
-        config.num_compute_capabilities = len(capabilities)
-        for place, capability in enumerate(capabilities):
-            config.set_compute_capability(capability, place)
-    if options.weights == "stripped":
-        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-    if placeholders:
-        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
-    if not options.tf32:
-        config.clear_flag(trt.BuilderFlag.TF32)
-    # Names of layers are names of modules: wanted by `tnllm inspect` and by profilers, and a matter of kilobytes.
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if options.embed_plugin:
-        config.plugins_to_serialize = [str(options.plugin_library)]
-    cache = None if options.timing_cache is None else load_timing_cache(trt, config, options.timing_cache)
     phases = Phases(stage, progress)
-    monitor = make_monitor(trt, phases)
-    config.progress_monitor = monitor
-    built = _serialize(trt, builder, network, config, write)
-    if phases.stopped_by is not None:
-        raise phases.stopped_by
+    with interrupts_stop(phases):
+        builder = make_builder(trt)
+        model = read_graph(graph)
+        placeholders = options.weights == "stripped" and target.placeholders
+        outside = make_weights_inputs(model) if options.weights == "external" or placeholders else frozenset()
+        network = parse_network(trt, builder, model, graph)
+        if placeholders:
+            put_placeholders(trt, network, outside)
+        config = builder.create_builder_config()
+        add_profile(builder, config, network, options.profile)
+        capabilities = resolve_compute_capabilities(trt, options.compute_capabilities)
+        if capabilities:
+            config.num_compute_capabilities = len(capabilities)
+            for place, capability in enumerate(capabilities):
+                config.set_compute_capability(capability, place)
+        if options.weights == "stripped":
+            config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        if placeholders:
+            config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+        if not options.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        # Names of layers are names of modules: wanted by `tnllm inspect` and by profilers, and a matter of kilobytes.
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if options.embed_plugin:
+            config.plugins_to_serialize = [str(options.plugin_library)]
+        cache = None if options.timing_cache is None else load_timing_cache(trt, config, options.timing_cache)
+        monitor = make_monitor(trt, phases)
+        config.progress_monitor = monitor
+        built = phases.stopped_by is None and _serialize(trt, builder, network, config, write)
+        if phases.stopped_by is not None:
+            raise phases.stopped_by
     if not built:
         raise EngineBuildError(f"{graph}: {trt.__name__} {trt.__version__} built no engine ({last_error(trt)})")
     if options.timing_cache is not None:

@@ -1,6 +1,9 @@
 """TensorRT's progress as ours, and an interrupt that stops a build instead of the process."""
 
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +74,32 @@ class Phases:
                 return
             self._shown = share
         self._progress(self._stage, share, _TOTAL)
+
+
+@contextmanager
+def interrupts_stop(phases: Phases) -> Iterator[None]:
+    """Let Ctrl-C end a build by `phases.stopped_by`, and be raised when all is done.
+
+    Python would raise it in whichever callback it runs next. TensorRT's logger drops what is raised in it.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal came
+        came = True
+        phases.stopped_by = phases.stopped_by or KeyboardInterrupt()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def make_monitor(trt: Any, phases: Phases) -> Any:

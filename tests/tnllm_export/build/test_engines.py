@@ -2,6 +2,9 @@
 
 import hashlib
 import importlib.metadata
+import signal
+import threading
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -175,6 +178,26 @@ def test_a_damaged_engine_is_named_and_built_again(built_bundle):
     again.engines.check()
     (again.engines.path / "engines.json").write_text("{}")
     assert find_engines(built_bundle.path, again.engines.spec) is None
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.3])
+def test_ctrl_c_stops_a_build_wherever_it_comes(bundle_of, seconds):
+    bundle = bundle_of("tiny", "float16", "matmul")
+    before = signal.getsignal(signal.SIGINT)
+    started = threading.Event()
+
+    def press() -> None:
+        started.wait()
+        time.sleep(seconds)
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(bundle, RTX, SMALL, progress=lambda *_: started.set())
+    thread.join()
+    assert list((bundle.path / "engines" / RTX).iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_interrupt_stops_a_build_and_leaves_nothing(bundle_of):
