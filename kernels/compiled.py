@@ -39,6 +39,11 @@ INTEGERS = (
 follow from B, T, H, K and V."""
 
 
+DESCRIPTION = "tnllm kernels: "
+"""What stands in a plugin library before a line that names its kernels: "86 bfloat16 256x128, …", by compute
+capability, dtype, K and V."""
+
+
 @dataclass(frozen=True)
 class CompiledKernel:
     """One variant of one kernel for one compute capability, as `triton.compile` leaves it.

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tnllm_export.errors import PluginBuildError, WriteError
-from tnllm_export.kernels.compiled import KernelTable
+from tnllm_export.kernels.compiled import DESCRIPTION, KernelTable
 from tnllm_export.kernels.contract import LIGHTNING_ATTENTION_STEP
 from tnllm_export.plugins.table import TABLE, write_table
 
@@ -77,6 +77,19 @@ def is_library(path: Path) -> bool:
     except OSError:
         return False
     return content.startswith(b"\x7fELF") and LIGHTNING_ATTENTION_STEP.onnx_name.encode() in content
+
+
+def kernels_of(path: Path) -> frozenset[tuple[int, str, int, int]] | None:
+    """Return the kernels that a library names, by compute capability, dtype, K and V; None where it names none.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    found = re.search(re.escape(DESCRIPTION.encode()) + rb"([\w ,]+)\0", path.read_bytes())
+    if found is None:
+        return None
+    rows = re.findall(r"(\d+) (\w+) (\d+)x(\d+)", found[1].decode())
+    return frozenset((int(capability), dtype, int(K), int(V)) for capability, dtype, K, V in rows)
 
 
 def check_cache() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tnllm_export.kernels.compiled import INTEGERS, MAPS, POINTERS, UNUSED, CompiledKernel, KernelTable
+from tnllm_export.kernels.compiled import DESCRIPTION, INTEGERS, MAPS, POINTERS, UNUSED, CompiledKernel, KernelTable
 
 TABLE = "table.cpp"
 CODE = "kernels.bin"
@@ -64,6 +64,10 @@ def _lines(table: KernelTable, offsets: dict[bytes, int], code: Path) -> Iterabl
     yield "extern unsigned char const* const kCubins = tnllm_cubins;\n"
     yield f"extern int32_t const kRecomputeChunks = {table.recompute_chunks};\n"
     yield f"extern int64_t const kStepPrograms = {table.step_programs};\n\n"
+    # Read from the file by whoever wants to know before it is loaded.
+    found = {(k.compute_capability, k.dtype, k.key_dim, k.value_dim) for k in table.kernels}
+    named = ", ".join(f"{capability} {dtype} {K}x{V}" for capability, dtype, K, V in sorted(found))
+    yield f'__attribute__((used)) static char const kDescription[] = "{DESCRIPTION}{named}";\n\n'
     yield "}  // namespace tnllm\n"
 
 

@@ -30,6 +30,7 @@ struct Opened {
         find(driver.cuCtxGetDevice, "cuCtxGetDevice");
         find(driver.cuDeviceGetAttribute, "cuDeviceGetAttribute");
         find(driver.cuModuleLoadData, "cuModuleLoadData");
+        find(driver.cuModuleUnload, "cuModuleUnload");
         find(driver.cuModuleGetFunction, "cuModuleGetFunction");
         find(driver.cuFuncSetAttribute, "cuFuncSetAttribute");
         find(driver.cuMemsetD32Async, "cuMemsetD32Async");
@@ -61,7 +62,7 @@ bool currentDevice(Device& device, char const*& reason) noexcept
 {
     Driver const* cuda = driver();
     if (cuda == nullptr) {
-        reason = "no CUDA driver (libcuda.so.1 can't be opened)";
+        reason = "no CUDA driver (libcuda.so.1 can't be opened, or is too old)";
         return false;
     }
     CUdevice handle{};

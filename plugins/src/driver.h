@@ -55,6 +55,7 @@ struct Driver {
     CUresult (*cuCtxGetDevice)(CUdevice*);
     CUresult (*cuDeviceGetAttribute)(int*, int, CUdevice);
     CUresult (*cuModuleLoadData)(CUmodule*, void const*);
+    CUresult (*cuModuleUnload)(CUmodule);
     CUresult (*cuModuleGetFunction)(CUfunction*, CUmodule, char const*);
     CUresult (*cuFuncSetAttribute)(CUfunction, int, int);
     CUresult (*cuMemsetD32Async)(CUdeviceptr, unsigned, size_t, CUstream);

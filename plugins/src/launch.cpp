@@ -28,6 +28,9 @@ try {
     }
     if (result != 0) {
         reason = errorName(result);
+        if (module != nullptr) {
+            cuda.cuModuleUnload(module);
+        }
         return nullptr;
     }
     gFunctions.emplace(key, loaded);

@@ -43,8 +43,8 @@ void layOut(Plan& plan) noexcept
     plan.workspaceBytes = plan.scratchOffset + aligned(size_t(kernel.scratchBytes) * plan.columns * plan.segments);
 }
 
-// The capability whose kernels a device runs, 0 without any.
-int32_t bestCapability(Call const& call, int32_t capability) noexcept
+// The newest capability of which a device runs a kernel, 0 without any.
+int32_t newestCapability(Call const& call, int32_t capability) noexcept
 {
     int32_t best = 0;
     for (int32_t i = 0; i < kKernelCount; ++i) {
@@ -76,13 +76,14 @@ double costOf(
     return shared + kernel.answerCost * kernel.handoverCost * double(4 + segments) / 8.0;
 }
 
-bool chooseChunk(Call const& call, int32_t capability, int32_t processors, Plan& plan) noexcept
+template <typename Usable>
+bool chooseChunk(Call const& call, Usable const& usable, int32_t processors, Plan& plan) noexcept
 {
     double least = 0;
     plan.kernel = nullptr;
     for (int32_t i = 0; i < kKernelCount; ++i) {
         Kernel const& kernel = kKernels[i];
-        if (!fits(kernel, call) || kernel.capability != capability) {
+        if (!usable(kernel)) {
             continue;
         }
         int64_t const chunks = std::max<int64_t>(ceilDiv(call.T, kernel.C), 1);
@@ -114,13 +115,14 @@ bool chooseChunk(Call const& call, int32_t capability, int32_t processors, Plan&
     return plan.kernel != nullptr;
 }
 
-bool chooseStep(Call const& call, int32_t capability, int32_t processors, Plan& plan) noexcept
+template <typename Usable>
+bool chooseStep(Call const& call, Usable const& usable, int32_t processors, Plan& plan) noexcept
 {
     Kernel const* widest = nullptr;
     Kernel const* narrowest = nullptr;
     for (int32_t i = 0; i < kKernelCount; ++i) {
         Kernel const& kernel = kKernels[i];
-        if (!fits(kernel, call) || kernel.capability != capability) {
+        if (!usable(kernel)) {
             continue;
         }
         if (narrowest == nullptr || kernel.BV < narrowest->BV) {
@@ -150,10 +152,12 @@ bool isCompiled(Op op, Dtype dtype, int64_t K, int64_t V) noexcept
 
 bool choose(Call const& call, int32_t capability, int32_t processors, Plan& plan) noexcept
 {
-    int32_t const best = bestCapability(call, capability);
-    bool const found = best != 0
-        && (call.op == Op::LightningAttention ? chooseChunk(call, best, processors, plan)
-                                              : chooseStep(call, best, processors, plan));
+    int32_t const newest = newestCapability(call, capability);
+    auto const usable = [&](Kernel const& kernel) {
+        return fits(kernel, call) && kernel.capability == newest && runsOn(kernel, capability);
+    };
+    bool const found = call.op == Op::LightningAttention ? chooseChunk(call, usable, processors, plan)
+                                                         : chooseStep(call, usable, processors, plan);
     if (found) {
         layOut(plan);
     }

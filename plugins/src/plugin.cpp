@@ -198,7 +198,8 @@ int32_t checkCompiled(Op op, DataType type, int64_t K, int64_t V) noexcept
         return fail(op, "the size of key or value is not fixed; expected it to be known when the engine is built");
     }
     if (!isCompiled(op, dtype, K, V)) {
-        return fail(op, "this library has no kernel for %s with K %lld and V %lld; make one with tnllm build-plugin",
+        return fail(op, "this library has no kernel for %s with K %lld and V %lld; make one with tnllm build-plugin "
+                        "--bundle BUNDLE",
             nameOf(type), static_cast<long long>(K), static_cast<long long>(V));
     }
     return 0;
@@ -419,9 +420,9 @@ private:
         }
         if (!choose(call, device.capability, device.processors, plan)) {
             return fail(mOp, "this library has no kernel for compute capability %d.%d with K %lld and V %lld; make one "
-                             "with tnllm build-plugin --sm %d",
+                             "with tnllm build-plugin --bundle BUNDLE, which names all that there are",
                 device.capability / 10, device.capability % 10, static_cast<long long>(call.K),
-                static_cast<long long>(call.V), device.capability);
+                static_cast<long long>(call.V));
         }
         return 0;
     }

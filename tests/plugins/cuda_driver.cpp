@@ -121,6 +121,12 @@ int cuModuleLoadData(void** module, void const* image)
     return 0;
 }
 
+int cuModuleUnload(void* module)
+{
+    --gState.counts[kModule];
+    return gReal != nullptr ? real<int (*)(void*)>("cuModuleUnload")(module) : 0;
+}
+
 int cuModuleGetFunction(void** function, void* module, char const* name)
 {
     if (counts(kFunction)) {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tnllm_export.errors import PluginBuildError, WriteError
-from tnllm_export.plugins.library import SOURCES, build_library, find_headers
+from tnllm_export.plugins.library import SOURCES, build_library, find_headers, kernels_of
 
 
 def test_the_library_needs_no_cuda_and_loads_without_a_driver(library):
@@ -29,6 +29,13 @@ def test_it_exports_what_tensorrt_looks_for_and_nothing_else_of_ours(library):
     listing = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True)
     strong = {line.split()[-1] for line in listing.stdout.splitlines() if line.split()[-2] in "TDBR"}
     assert strong == {"getCreators", "setLoggerFinder"}
+
+
+def test_it_names_its_kernels_to_who_reads_the_file(table, library, tmp_path):
+    rows = {(k.compute_capability, k.dtype, k.key_dim, k.value_dim) for k in table.kernels}
+    assert kernels_of(library) == rows
+    (tmp_path / "other").write_bytes(b"\x7fELF of others")
+    assert kernels_of(tmp_path / "other") is None
 
 
 def test_the_code_of_every_kernel_is_in_the_library(table, library):

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,7 @@ from tnllm_export.bundle.engines import (
     writing_engines,
 )
 from tnllm_export.errors import EngineBuildError, EngineMismatchError
+from tnllm_export.plugins.library import kernels_of
 from tnllm_export.progress import Progress, silent
 from tnllm_export.targets import TARGETS, Target
 from tnllm_export.tensorrt import engine_target, import_tensorrt, library_checksum, load_plugins
@@ -111,6 +113,32 @@ def _check_bundle(bundle: Bundle, target: Target, options: EngineOptions) -> Non
         )
     if options.plugin_library is not None:
         library_checksum(options.plugin_library)
+        _check_library(bundle, options.plugin_library, options.compute_capabilities)
+
+
+def _check_library(bundle: Bundle, library: Path, capabilities: tuple[str, ...]) -> None:
+    """Raise EngineBuildError where a library has no kernels for a bundle's heads on a GPU that is named, or on any."""
+    kernels = kernels_of(library)
+    if kernels is None:  # made before libraries said what they hold, or no library: TensorRT tells
+        return
+    config, dtype = bundle.manifest.config, bundle.manifest.dtype
+    heads = {(config.key_dim(layer), config.head_dim) for layer in range(config.decoder_layers)}
+    able = {found for found, *_ in kernels if all((found, dtype, K, V) in kernels for K, V in heads)}
+    wanted = {int(capability.replace(".", "")) for capability in parse_compute_capabilities(capabilities)}
+    lacking = sorted(capability for capability in wanted if not any(map(partial(_runs, capability), able)))
+    if able and not lacking:
+        return
+    sizes = " and ".join(f"{K}x{V}" for K, V in sorted(heads))
+    where = "any GPU" if not able else f"compute capability {', '.join(f'{n // 10}.{n % 10}' for n in lacking)}"
+    raise EngineBuildError(
+        f"{library}: has no kernels for {where} with {dtype} heads of {sizes}; make the library again with "
+        f"`tnllm build-plugin --bundle {bundle.path}`"
+    )
+
+
+def _runs(capability: int, compiled: int) -> bool:
+    """Whether a GPU may run code for an older one, as in `plan.cpp`: below 9.0 within a generation."""
+    return compiled == capability or (capability < 90 and compiled < capability and compiled // 10 == capability // 10)
 
 
 def _spec(bundle: Bundle, target: str, options: EngineOptions, version: str, device: str) -> EngineSpec:
