@@ -140,6 +140,10 @@ class EngineSet:
         plugin = self.spec.plugin
         return None if plugin is None or plugin.embedded else self.path / PLUGIN_LIBRARY
 
+    def kernel_cache(self, program: str, capability: str) -> Path:
+        """Where TensorRT-RTX keeps kernels that it has compiled for GPUs of a compute capability, e.g. "8.6"."""
+        return self.path / f"{program}-{capability}.cache"
+
     def check(self, progress: Progress = silent) -> None:
         """Compare each file with its checksum. Raises EngineMismatchError, naming the one that differs."""
         total = sum(record.bytes for record in self.record.files.values())
@@ -163,7 +167,8 @@ def is_engine_file(name: str) -> bool:
         return False
     _, key, file = rest
     found = re.fullmatch(rf"[0-9a-f]{{16}}({re.escape(_PARTIAL)}\d+-[0-9a-f]{{8}})?", key)
-    return found is not None and (found[1] is not None or file in _FILES)
+    ours = file in _FILES or re.fullmatch(r"(prefill|decode)-\d+\.\d+\.cache", file) is not None
+    return found is not None and (found[1] is not None or ours)
 
 
 def engines_of(bundle: Path) -> tuple[EngineSet, ...]:

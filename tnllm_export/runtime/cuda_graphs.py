@@ -108,7 +108,7 @@ class CudaCapture:
                     torch.empty(self._reserve, dtype=torch.uint8, device=self._device)  # freed: the pool keeps it
                 logits = call()
         except RuntimeError as error:
-            _recover(self._device, pool, stream)
+            recover(self._device, pool, stream)
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             if isinstance(error.__context__, torch.OutOfMemoryError):
@@ -123,7 +123,7 @@ class CudaCapture:
         return Captured(graph.replay, logits)
 
 
-def _recover(device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
+def recover(device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
     """Make PyTorch forget a capture that has failed.
 
     Before 2.12 its allocator goes on to believe in it (#180395), and so does its generator of random numbers until a

@@ -7,7 +7,7 @@ from typing import Any
 
 from tnllm_export.bundle import Bundle
 from tnllm_export.bundle.engines import EngineSet, EngineSpec, engines_of, is_current
-from tnllm_export.errors import EngineMismatchError, EngineMissingError
+from tnllm_export.errors import EngineBuildError, EngineMismatchError, EngineMissingError
 from tnllm_export.targets import EngineTarget
 from tnllm_export.tensorrt import last_error, load_plugins, logger
 
@@ -84,10 +84,13 @@ def deserialize(trt: Any, engines: EngineSet, program: str, graph: Path) -> Any:
         graph: The graph that it was built from, with the weights beside it: for stripped engines.
 
     Raises:
-        EngineMismatchError: TensorRT refuses it.
+        EngineMismatchError: TensorRT refuses it, or its plugin library.
     """
     if engines.plugin_library is not None:
-        load_plugins(trt, engines.plugin_library)
+        try:
+            load_plugins(trt, engines.plugin_library)
+        except EngineBuildError as error:
+            raise EngineMismatchError(str(error)) from error
     path = engines.file(program)
     runtime = trt.Runtime(logger(trt))
     # An embedded plugin library is code for the host.

@@ -6,6 +6,7 @@ to the first; from the second time on, each of the two directions is one CUDA gr
 Not run yet: no GPU that TensorRT-RTX runs on, and no TensorRT, was at hand.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Self, cast
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from tnllm_export.bundle import Bundle
 from tnllm_export.bundle.engines import ProfileRecord
-from tnllm_export.errors import ProfileError, UnsupportedTargetError
+from tnllm_export.errors import ProfileError, RuntimeTargetError, TnllmWarning, UnsupportedTargetError
+from tnllm_export.runtime.cuda_graphs import recover
 from tnllm_export.runtime.engines import Gpu, check_fits, choose_engines, deserialize
-from tnllm_export.runtime.gpu import no_gpu
+from tnllm_export.runtime.gpu import no_gpu, on_device
 from tnllm_export.runtime.protocol import RuntimeInfo, State
 from tnllm_export.runtime.state import StateHandle, check_batch, check_handle, check_state_tensors
 from tnllm_export.runtime.support import check_supported, weights_id
@@ -78,7 +80,7 @@ class TensorrtRuntime:
                 deserialize(trt, engines, program, graph),
                 weights,
                 stream,
-                engines.path / f"{program}-{gpu.capability}.cache",
+                engines.kernel_cache(program, gpu.capability),
                 captured=program == "decode",
             )
             for program, graph in (("prefill", bundle.prefill_path), ("decode", bundle.decode_path))
@@ -112,20 +114,23 @@ class TensorrtRuntime:
         B, T = input_ids.shape
         check_profile(self._profile, B, T)
         past = check_handle(self, state, B).tensors
-        present = self._empty_state(B)
-        logits = torch.empty((B, T, vocab) if self._info.logits == "all" else (B, vocab), device=self._device)
-        inputs = {"input_ids": input_ids, "lengths": lengths, "positions": positions}
-        on_device = {name: _pinned(tensor).to(self._device, non_blocking=True) for name, tensor in inputs.items()}
-        context = self._prefill_context
-        context.bind(
-            {**on_device, **_named("past_state", past)}, {"logits": logits, **_named("present_state", present)}
-        )
-        current = torch.cuda.current_stream()
-        self._prefill.stream.wait_stream(current)
-        context.enqueue()
-        current.wait_stream(self._prefill.stream)
-        answer = logits.cpu()  # waits, so that what was bound may go
-        self._prefill.save_cache()
+        with on_device(self._device):
+            present = self._empty_state(B)
+            logits = torch.empty((B, T, vocab) if self._info.logits == "all" else (B, vocab), device=self._device)
+            inputs = {"input_ids": input_ids, "lengths": lengths, "positions": positions}
+            placed = {name: _pinned(tensor).to(self._device, non_blocking=True) for name, tensor in inputs.items()}
+            context = self._prefill_context
+            context.bind(
+                {**placed, **_named("past_state", past)}, {"logits": logits, **_named("present_state", present)}
+            )
+            current = torch.cuda.current_stream()
+            self._prefill.stream.wait_stream(current)
+            try:
+                context.enqueue()
+            finally:  # a part of it may run: nothing that is bound may go before
+                current.wait_stream(self._prefill.stream)
+            answer = logits.cpu()  # waits, so that what was bound may go
+            self._prefill.save_cache()
         return answer, _DeviceState(self, present)
 
     def decode(self, input_ids: Tensor, positions: Tensor, state: State) -> tuple[Tensor, State]:
@@ -133,8 +138,9 @@ class TensorrtRuntime:
         check_decode(self._info.config.vocab_size, input_ids, positions)
         check_profile(self._profile, input_ids.shape[0], 1)
         handle = cast(_DeviceState, check_handle(self, state, input_ids.shape[0]))
-        steps = handle.steps or _DecodeSteps(self._decode, handle.tensors, self._info.config.vocab_size)
-        logits = steps.run(handle.side, input_ids, positions)
+        with on_device(self._device):
+            steps = handle.steps or _DecodeSteps(self._decode, handle.tensors, self._info.config.vocab_size)
+            logits = steps.run(handle.side, input_ids, positions)
         handle.consumed = True
         other = 1 - handle.side
         return logits, _DeviceState(self, steps.sides[other], steps, other)
@@ -180,6 +186,7 @@ class _DecodeSteps:
         self.sides = [list(past), [torch.empty_like(tensor) for tensor in past]]
         self._program = program
         self._contexts: list[Context | None] = [None, None]
+        self._capturing = True
         self._graphs: list[torch.cuda.CUDAGraph | None] = [None, None]
         self._host_ids = torch.empty(B, 1, dtype=torch.int64, pin_memory=True)
         self._host_positions = torch.empty(B, dtype=torch.int64, pin_memory=True)
@@ -195,20 +202,22 @@ class _DecodeSteps:
         stream = self._program.stream
         stream.wait_stream(torch.cuda.current_stream())
         context = self._contexts[side]
-        if context is not None and self._graphs[side] is None and context.capturable:
+        if context is not None and self._graphs[side] is None and self._capturing and context.capturable:
             self._graphs[side] = self._capture(context)
         graph = self._graphs[side]
-        with torch.cuda.stream(stream):
-            self._input_ids.copy_(self._host_ids, non_blocking=True)
-            self._positions.copy_(self._host_positions, non_blocking=True)
-            if graph is not None:
-                graph.replay()
-            elif context is not None:
-                context.enqueue()
-            else:
-                self._contexts[side] = self._first_run(side)
-            self._host_logits.copy_(self._logits, non_blocking=True)
-        stream.synchronize()
+        try:
+            with torch.cuda.stream(stream):
+                self._input_ids.copy_(self._host_ids, non_blocking=True)
+                self._positions.copy_(self._host_positions, non_blocking=True)
+                if graph is not None:
+                    graph.replay()
+                elif context is not None:
+                    context.enqueue()
+                else:
+                    self._contexts[side] = self._first_run(side)
+                self._host_logits.copy_(self._logits, non_blocking=True)
+        finally:  # where it failed, a part of it may run: no buffer may go before
+            stream.synchronize()
         return self._host_logits.clone()
 
     def _first_run(self, side: int) -> Context:
@@ -221,10 +230,26 @@ class _DecodeSteps:
         self._program.save_cache()
         return context
 
-    def _capture(self, context: Context) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._program.stream):
-            context.enqueue()
+    def _capture(self, context: Context) -> torch.cuda.CUDAGraph | None:
+        """Capture a step; None, with a warning, where that fails: steps then go on without a graph."""
+        stream, graph, pool = self._program.stream, torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            # The first, since a capture that fails leaves its stream the current one. Other threads may allocate.
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                context.enqueue()
+        except (RuntimeError, RuntimeTargetError) as error:
+            recover(self._logits.device, pool, stream)
+            self._capturing = False
+            warnings.warn(
+                f"a decoded token could not be captured as a CUDA graph ({' '.join(str(error).split())[:300]}), so the "
+                "host launches each and tokens take longer",
+                TnllmWarning,
+                stacklevel=4,
+            )
+            return None
         return graph
 
 

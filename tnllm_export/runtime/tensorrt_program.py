@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnllm_export.bundle import files
 from tnllm_export.errors import RuntimeTargetError
 from tnllm_export.tensorrt import last_error
 
@@ -51,6 +52,7 @@ class Program:
             self._cache = self._config.create_runtime_cache()
             if cache.is_file():
                 self._cache.deserialize(cache.read_bytes())
+                last_error(trt)  # kernels of another version are compiled again: nobody asked
             self._config.set_runtime_cache(self._cache)
             if captured:
                 # By default kernels for a shape are compiled while others run, and then take their place: what was
@@ -73,7 +75,7 @@ class Program:
         if self._config is not None and not self._saved:
             self._saved = True
             with contextlib.suppress(OSError):
-                self._cache_file.write_bytes(memoryview(self._cache.serialize()))
+                files.replace(self._cache_file, bytes(self._cache.serialize()))
 
 
 class Context:

@@ -32,13 +32,14 @@ def load_plugins(trt: Any, path: Path) -> None:
     if (trt.__name__, digest) in _loaded:
         return
     if any(name == trt.__name__ for name, _ in _loaded):
-        raise EngineBuildError(f"{path}: another plugin library is in use in this process; build in a new one")
+        raise EngineBuildError(f"{path}: another plugin library is in use in this process; take a new one")
     registry = trt.get_plugin_registry()
     handle = registry.load_library(str(path.resolve()))
     missing = [name for name in PLUGINS if registry.get_creator(name, VERSION, NAMESPACE) is None]
     if handle is None or missing:
+        found = f"finds no plugin {' and '.join(missing)} of ours in it" if missing else "can't load it"
         raise EngineBuildError(
-            f"{path}: {trt.__name__} {trt.__version__} finds no plugin {' and '.join(missing)} of ours in it "
-            f"({last_error(trt)}); make the library again with `tnllm build-plugin`"
+            f"{path}: {trt.__name__} {trt.__version__} {found} ({last_error(trt)}); make the library again with "
+            "`tnllm build-plugin`"
         )
     _loaded[trt.__name__, digest] = path

@@ -30,7 +30,7 @@ def test_a_library_without_the_kernels_is_refused_before_the_build(bundle_of, li
         build_engines(bundle, RTX, options)
     other = tmp_path / "other.so"
     other.write_bytes(library.read_bytes().replace(b" float16 ", b" float61 "))
-    with pytest.raises(EngineBuildError, match=r"no kernels for any GPU .* make the library again with `tnllm build-pl"):
+    with pytest.raises(EngineBuildError, match=r"no kernels for any GPU .* make the library again with `tnllm"):
         build_engines(bundle, RTX, replace(SMALL, plugin_library=other))
     assert not (bundle.path / "engines").exists()
 

@@ -180,7 +180,10 @@ def test_what_other_commands_add_goes_with_the_bundle(place: Path, write_bundle:
     write_bundle(place / "b")
     for name in (
         *("reports/parity.json", "reports/.parity.html.partial-12-0123abcd", ".manifest.json.partial-12-0123abcd"),
-        *(f"engines/tensorrt-rtx/0123456789abcdef/{name}" for name in ("engines.json", "decode.engine")),
+        *(
+            f"engines/tensorrt-rtx/0123456789abcdef/{name}"
+            for name in ("engines.json", "decode.engine", "decode-8.6.cache")
+        ),
         *(f"engines/aotinductor/0123456789abcdef/{name}" for name in ("prefill.pt2", "constants.safetensors")),
         "engines/tensorrt-rtx/0123456789abcdef.partial-12-0123abcd/prefill.engine",
     ):

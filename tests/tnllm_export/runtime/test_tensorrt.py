@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import sys
+import warnings
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -28,11 +30,13 @@ from tnllm_export.errors import (
     EngineMissingError,
     ProfileError,
     RuntimeMissingError,
+    RuntimeTargetError,
     UnsupportedTargetError,
 )
-from tnllm_export.runtime import load_runtime
+from tnllm_export.models.config import TransnormerConfig
+from tnllm_export.runtime import RuntimeInfo, load_runtime, tensorrt
 from tnllm_export.runtime.engines import Gpu, check_fits, choose_engines, deserialize
-from tnllm_export.runtime.tensorrt import check_profile
+from tnllm_export.runtime.tensorrt import TensorrtRuntime, check_profile
 from tnllm_export.runtime.tensorrt_program import Context, Program
 from tnllm_export.tensorrt import engine_target, import_tensorrt
 
@@ -270,3 +274,97 @@ def test_a_record_that_a_newer_version_wrote_is_not_taken_for_ours(own):
     path.write_text(json.dumps(fields | {"schema_version": 2}))
     with pytest.raises(EngineMissingError):
         choose_engines(own, "tensorrt-rtx")
+
+
+CONFIG = TransnormerConfig(vocab_size=97, decoder_embed_dim=32, decoder_attention_heads=2, decoder_layers=2, glu_dim=32)
+TOKEN = torch.ones(1, 1, dtype=torch.int64)
+
+
+class FakeStream:
+    """Says what it waits for."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said, self.cuda_stream = name, said, 7
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self) -> None:
+        self.said.append(f"host waits for {self.name}")
+
+
+class FakeContext:
+    """Runs a program, or fails at its "enqueue" or in a "capture"."""
+
+    capturable = True
+
+    def __init__(self, said: list[str], failing: str) -> None:
+        self.said, self.failing = said, failing
+
+    def bind(self, inputs, outputs):
+        self.said.append("bind")
+
+    def enqueue(self):
+        self.said.append("enqueue")
+        if self.failing == "enqueue":
+            raise RuntimeTargetError("tnllm::LightningAttention: failed")
+
+
+@pytest.fixture
+def fake_runtime(monkeypatch):
+    """A runtime on the CPU, and what its streams and contexts say."""
+
+    def make(failing: str) -> tuple[TensorrtRuntime, list[str]]:
+        said: list[str] = []
+        side, current = FakeStream("side", said), FakeStream("current", said)
+        program = SimpleNamespace(
+            stream=side, context=lambda: FakeContext(said, failing), save_cache=lambda: said.append("save")
+        )
+        real = torch.empty
+
+        def empty(*sizes, pin_memory=False, **options):
+            return real(*sizes, **options)
+
+        def capture(*args, **options):
+            assert options["capture_error_mode"] == "thread_local"
+            if failing == "capture":
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return nullcontext()
+
+        monkeypatch.setattr(torch, "empty", empty)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: said.append("replay")))
+        monkeypatch.setattr(tensorrt, "_pinned", lambda tensor: tensor)
+        monkeypatch.setattr(tensorrt, "recover", lambda *_: said.append("recover"))
+        info = RuntimeInfo(name="tensorrt", device="cuda", dtype="float32", config=CONFIG, logits="last")
+        profile = SimpleNamespace(max_batch=4, max_prompt=64)
+        return TensorrtRuntime(info, program, program, profile, torch.device("cpu")), said
+
+    return make
+
+
+def test_what_a_failed_request_has_started_is_waited_for_before_its_buffers_go(fake_runtime):
+    runtime, said = fake_runtime("enqueue")
+    state = runtime.initial_state(1)
+    with pytest.raises(RuntimeTargetError):
+        runtime.prefill(TOKEN, torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), state)
+    assert said[-2:] == ["enqueue", "current waits for side"]
+    with pytest.raises(RuntimeTargetError):
+        runtime.decode(TOKEN, torch.zeros(1, dtype=torch.int64), state)
+    assert said[-2:] == ["enqueue", "host waits for side"]
+
+
+@pytest.mark.parametrize("failing", ["", "capture"])
+def test_a_step_that_can_not_be_captured_is_launched_instead_with_one_warning(fake_runtime, failing):
+    runtime, said = fake_runtime(failing)
+    state = runtime.initial_state(1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for position in range(6):
+            _, state = runtime.decode(TOKEN, torch.full((1,), position), state)
+    assert said.count("recover") == len(seen) == (1 if failing else 0)
+    assert said.count("replay") == (0 if failing else 4)
+    assert said.count("enqueue") == (6 if failing else 4)  # without a failure: two runs and two captures
