@@ -51,22 +51,27 @@ def verify(
     """
     with session(json_output) as current:
         from tnllm_export import api
+        from tnllm_export.verify import check_savable, save_report
         from tnllm_export.verify.report import terminal_report
 
+        opened = api.open_bundle(bundle, progress=current.progress)
+        if save:
+            check_savable(opened)
         report = api.verify(
-            bundle,
+            opened,
             runtime.value,
             device=None if device is None else device.value,
             checkpoint=checkpoint,
             text=None if text_file is None else read_text(text_file),
             seed=seed,
             threads=threads,
-            save=save,
+            save=False,  # below: what was measured is shown even where the disk is full
             progress=current.progress,
         )
         current.document = report.to_json()
         current.print(terminal_report(report))
         if save:
+            save_report(opened, report)
             current.print("")
             current.print(f"report: {bundle / 'reports' / 'parity.html'}")
         report.require_pass()

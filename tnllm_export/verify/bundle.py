@@ -68,11 +68,8 @@ def verify_bundle(
     """
     started = time.monotonic()
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), progress=progress)
-    if save and not os.access(bundle.path, os.W_OK):
-        raise WriteError(
-            f"{bundle.path}: no permission to write the report into the bundle; verify without saving it (--no-save), "
-            "or change the folder's permissions"
-        )
+    if save:
+        check_savable(bundle)
     check_kernels(torch.device("cpu"))  # where the eager model runs, after the bundle's turn
     seed = fresh_seed() if seed is None else seed
     if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
@@ -94,6 +91,15 @@ def verify_bundle(
     if save:
         save_report(bundle, report)
     return report
+
+
+def check_savable(bundle: Bundle) -> None:
+    """Raise WriteError where a report could not be written into a bundle."""
+    if not os.access(bundle.path, os.W_OK):
+        raise WriteError(
+            f"{bundle.path}: no permission to write the report into the bundle; verify without saving it (--no-save), "
+            "or change the folder's permissions"
+        )
 
 
 def save_report(bundle: Bundle, report: ParityReport) -> Bundle:

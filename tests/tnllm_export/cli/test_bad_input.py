@@ -3,6 +3,7 @@
 Each case goes through the command line. What a message says in detail is tested where it is made.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -422,3 +423,17 @@ def test_a_checkpoint_without_a_tokenizer_exports_with_one_warning(tnllm, checkp
     assert result.exit_code == 0, result.stderr
     assert re.fullmatch(r"warning: [^\n]*checkpoint: no tokenizer[^\n]*--prompt-ids[^\n]*\n", result.stderr)
     assert json.loads(result.stdout)["tokenizer"] is None
+
+
+def test_what_was_measured_is_shown_even_where_it_can_not_be_saved(tnllm, bundle, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tnllm_export.bundle.files.replace", full)
+    before = snapshot(bundle)
+    result = tnllm("verify", bundle, "--json")
+    assert result.exit_code == 31
+    document = json.loads(result.stdout)
+    assert document["passed"]
+    assert "the disk is full" in document["error"]["message"]
+    assert snapshot(bundle) == before
