@@ -87,7 +87,8 @@ class Bench:
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            note = f"out of memory: {' '.join(str(error).split())[:160]}"
+            message = " ".join(str(error).split())
+            note = f"out of memory: {message.rpartition('DefaultCPUAllocator: ')[2][:160]}"
         finally:
             release(self.device)
         return replace(row, note=note)
