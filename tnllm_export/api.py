@@ -254,8 +254,7 @@ def build_plugin(
         options = replace(options, capabilities=tuple(int(text.replace(".", "")) for text in parsed))
     if bundle is not None:
         manifest = (bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), check=False)).manifest
-        shapes = (manifest.config.state_shape(layer, 1) for layer in range(manifest.config.decoder_layers))
-        options = replace(options, head_sizes=tuple(sorted({shape[2:] for shape in shapes})), dtypes=(manifest.dtype,))
+        options = replace(options, head_sizes=manifest.config.head_sizes, dtypes=(manifest.dtype,))
     return build_plugin(
         options,
         output=None if output is None else Path(output),

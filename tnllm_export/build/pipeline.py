@@ -64,9 +64,9 @@ def build_engines(
     kind = engine_target(target)
     if options.timing_cache is not None and not kind.needs_gpu:
         raise EngineBuildError(f"{target} measures nothing while it builds; leave out --timing-cache")
-    _check_bundle(bundle, next(found for found in TARGETS if found.name == target), options)
     capabilities = parse_compute_capabilities(options.compute_capabilities)
     options = replace(options, compute_capabilities=capabilities)
+    _check_bundle(bundle, next(found for found in TARGETS if found.name == target), options)
     trt = import_tensorrt(kind)
     resolve_compute_capabilities(trt, capabilities)
     if kind.needs_gpu:
@@ -121,14 +121,13 @@ def _check_library(bundle: Bundle, library: Path, capabilities: tuple[str, ...])
     kernels = kernels_of(library)
     if kernels is None:  # made before libraries said what they hold, or no library: TensorRT tells
         return
-    config, dtype = bundle.manifest.config, bundle.manifest.dtype
-    heads = {(config.key_dim(layer), config.head_dim) for layer in range(config.decoder_layers)}
+    heads, dtype = bundle.manifest.config.head_sizes, bundle.manifest.dtype
     able = {found for found, *_ in kernels if all((found, dtype, K, V) in kernels for K, V in heads)}
-    wanted = {int(capability.replace(".", "")) for capability in parse_compute_capabilities(capabilities)}
-    lacking = sorted(capability for capability in wanted if not any(map(partial(_runs, capability), able)))
+    wanted = [int(capability.replace(".", "")) for capability in capabilities]
+    lacking = [capability for capability in wanted if not any(map(partial(_runs, capability), able))]
     if able and not lacking:
         return
-    sizes = " and ".join(f"{K}x{V}" for K, V in sorted(heads))
+    sizes = " and ".join(f"{K}x{V}" for K, V in heads)
     where = "any GPU" if not able else f"compute capability {', '.join(f'{n // 10}.{n % 10}' for n in lacking)}"
     raise EngineBuildError(
         f"{library}: has no kernels for {where} with {dtype} heads of {sizes}; make the library again with "

@@ -6,12 +6,10 @@ The manifest does not list them: they are made from the bundle and can be made a
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -166,7 +164,7 @@ def is_engine_file(name: str) -> bool:
     if folder != ENGINES or len(rest) != 3:
         return False
     _, key, file = rest
-    found = re.fullmatch(rf"[0-9a-f]{{16}}({re.escape(_PARTIAL)}\d+-[0-9a-f]{{8}})?", key)
+    found = re.fullmatch(rf"[0-9a-f]{{16}}({files.PARTIAL})?", key)
     ours = file in _FILES or re.fullmatch(r"(prefill|decode)-\d+\.\d+\.cache", file) is not None
     return found is not None and (found[1] is not None or ours)
 
@@ -225,7 +223,7 @@ def writing_engines(bundle: Path, spec: EngineSpec) -> "Iterator[EngineWriter]":
         WriteError: Disk full, no permission.
     """
     place = bundle / ENGINES / spec.target / spec.key
-    partial = place.with_name(f"{spec.key}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}")
+    partial = place.with_name(f"{spec.key}{files.temporary_suffix()}")
     with files.reporting_write_errors(place):
         partial.mkdir(parents=True)
         with _locked(partial):
@@ -276,9 +274,8 @@ class EngineWriter:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Lock a folder while its writer lives; what a killed one has left behind can be locked. Raises OSError if not."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = files.lock(folder)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)

@@ -21,8 +21,10 @@ from tnllm_export.errors import WriteError
 PIECE_BYTES = 1 << 24
 """How much is read, cast, hashed and written at once: enough for full speed, little to hold several of."""
 
+PARTIAL = r"\.partial-\d+-[0-9a-f]{8}"
+"""What `temporary_suffix` returns for what is not finished, as a regular expression."""
+
 _PIECES_IN_FLIGHT = 3
-_PARTIAL = r"\.partial-\d+-[0-9a-f]{8}"
 _ABANDONED_SECONDS = 3600
 
 _FINDINGS = {
@@ -86,16 +88,38 @@ class HashedFile:
         self._file.close()
 
 
+def lock(folder: Path, *, wait: bool = False) -> int:
+    """Lock a folder for as long as this process lives, or the handle that is returned is open.
+
+    Raises:
+        OSError: Another process holds it (BlockingIOError, unless this one shall `wait`), or the file system locks no
+            folders, as NFS.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Let one process at a time change a folder. Where a file system locks none (NFS), all may."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = None
+    with suppress(OSError):
+        handle = lock(folder, wait=True)
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
+
+
+def temporary_suffix(role: str = "partial") -> str:
+    """Return `.ROLE-PID-RANDOM`, which makes a name that no other writer chooses."""
+    return f".{role}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
@@ -110,7 +134,7 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
 def replace(path: Path, data: bytes) -> FileRecord:
     """Write a file, new or old, such that it is never seen half-written, whoever else writes it."""
     _clear_leftovers(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    partial = path.with_name(f".{path.name}{temporary_suffix()}")
     try:
         record = write_new(partial, (data,))
         partial.replace(path)
@@ -123,12 +147,12 @@ def replace(path: Path, data: bytes) -> FileRecord:
 
 def is_partial(path: Path) -> bool:
     """Whether a file has the name of one that `replace` has not finished."""
-    return re.fullmatch(rf"\..+{_PARTIAL}", path.name) is not None
+    return re.fullmatch(rf"\..+{PARTIAL}", path.name) is not None
 
 
 def _clear_leftovers(path: Path) -> None:
     """Remove what killed writers of a file have left: what nobody has touched for an hour."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}{_PARTIAL}")
+    pattern = re.compile(rf"\.{re.escape(path.name)}{PARTIAL}")
     with suppress(OSError):
         for leftover in path.parent.iterdir():
             if pattern.fullmatch(leftover.name) and time.time() - leftover.stat().st_mtime > _ABANDONED_SECONDS:

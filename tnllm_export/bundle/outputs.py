@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tnllm_export.bundle.files import reporting_write_errors
-from tnllm_export.bundle.reader import is_bundle
+from tnllm_export.bundle.reader import bundle_around
 from tnllm_export.errors import WriteError
 
 
@@ -40,11 +40,10 @@ def _obstacle(path: Path, kind: str, recognise: Callable[[Path], bool]) -> str |
 
 
 def _obstacle_around(folder: Path) -> str | None:
-    folders = [folder, *folder.parents]
-    bundle = next((folder for folder in folders if is_bundle(folder)), None)
+    bundle = bundle_around(folder)
     if bundle is not None:
         return f"lies in the bundle {bundle}"
-    existing = next(folder for folder in folders if folder.exists())
+    existing = next(found for found in (folder, *folder.parents) if found.exists())
     if not existing.is_dir():
         return f"{existing} is a file, not a folder"
     return None if os.access(existing, os.W_OK) else f"no permission to write to {existing}"

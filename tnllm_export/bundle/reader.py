@@ -127,6 +127,11 @@ def is_bundle(path: Path) -> bool:
     return isinstance(fields, dict) and {"schema_version", "lowering", "graphs"} <= fields.keys()
 
 
+def bundle_around(folder: Path) -> Path | None:
+    """Return the bundle that an absolute folder is, or lies in; None where there is none."""
+    return next((found for found in (folder, *folder.parents) if is_bundle(found)), None)
+
+
 def _without_reports(manifest: Manifest) -> Manifest:
     others = {name: record for name, record in manifest.files.items() if not name.startswith(f"{REPORTS}/")}
     return manifest.model_copy(update={"files": others, "parity": None})

@@ -1,11 +1,9 @@
 """Writing a bundle: into a temporary folder beside its place, renamed when all of it is on the disk."""
 
 import errno
-import fcntl
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -21,7 +19,7 @@ from tnllm_export.bundle.direct import DirectFile
 from tnllm_export.bundle.engines import is_engine_file
 from tnllm_export.bundle.layout import DTYPES, WeightsLayout
 from tnllm_export.bundle.manifest import MANIFEST, WEIGHTS, FileRecord, Manifest, check_relative_name
-from tnllm_export.bundle.reader import REPORT_JSON, REPORT_PAGE, REPORTS, Bundle, is_bundle
+from tnllm_export.bundle.reader import REPORT_JSON, REPORT_PAGE, REPORTS, Bundle, bundle_around, is_bundle
 from tnllm_export.errors import BundleExistsError, WriteError
 from tnllm_export.models.finite import check_cast
 from tnllm_export.progress import Progress, silent
@@ -76,7 +74,7 @@ class BundleWriter:
             self._partial = _sibling(self.path, "partial")
             self._partial.mkdir()
             try:
-                self._lock = _lock(self._partial)
+                self._lock = files.lock(self._partial)
             except BlockingIOError:
                 raise
             except OSError:
@@ -185,7 +183,7 @@ class BundleWriter:
 
 
 def _check_place(path: Path, overwrite: bool) -> None:
-    around = next((folder for folder in path.parents if is_bundle(folder)), None)
+    around = bundle_around(path.parent)
     if around is not None:
         raise BundleExistsError(f"{path}: lies in the bundle {around}; choose another path")
     if not path.exists():
@@ -222,7 +220,7 @@ def _foreign_files(path: Path) -> list[str]:
 
 
 def _sibling(path: Path, role: str) -> Path:
-    return path.with_name(f".{path.name}.{role}-{os.getpid()}-{secrets.token_hex(4)}")
+    return path.with_name(f".{path.name}{files.temporary_suffix(role)}")
 
 
 def _clear_leftovers(path: Path) -> None:
@@ -238,21 +236,10 @@ def _clear_leftovers(path: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _lock(folder: Path) -> int:
-    """Lock a folder for as long as this process lives, or the handle is open. Raises OSError if another holds it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
-
-
 def _is_abandoned(folder: Path) -> bool:
     # The lock tells, not the process id: ids are used again, and mean nothing across containers.
     try:
-        os.close(_lock(folder))
+        os.close(files.lock(folder))
     except OSError:
         return False
     return True

@@ -101,6 +101,11 @@ class TransnormerConfig(BaseModel):
         """Width K of one head's keys in a layer: LRPE doubles it."""
         return self.head_dim * (2 if self.linear_use_lrpe_list[layer] else 1)
 
+    @property
+    def head_sizes(self) -> tuple[tuple[int, int], ...]:
+        """K and V of the heads of all layers, each pair once, in order."""
+        return tuple(sorted({(self.key_dim(layer), self.head_dim) for layer in range(self.decoder_layers)}))
+
     def state_shape(self, layer: int, batch: int) -> tuple[int, int, int, int]:
         """Shape [B, H, K, V] of a layer's recurrent state."""
         return batch, self.decoder_attention_heads, self.key_dim(layer), self.head_dim
